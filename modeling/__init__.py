@@ -1,0 +1,14 @@
+"""What the model computes. Knows nothing of files, DeepSpeed or clusters."""
+
+from modeling.config import KeyRules, ModelConfig, ParameterCounts, SoMEConfig
+from modeling.transformer import ModelOutput, Transformer, build_model
+
+__all__ = [
+    "KeyRules",
+    "ModelConfig",
+    "ModelOutput",
+    "ParameterCounts",
+    "SoMEConfig",
+    "Transformer",
+    "build_model",
+]

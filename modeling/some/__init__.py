@@ -1,0 +1,19 @@
+"""SoME layers: frozen random experts, and a key store that learns by rule which token goes where."""
+
+from modeling.config import KeyRules, SoMEConfig
+from modeling.some.experts import FrozenExpertPool, pool_manifest
+from modeling.some.keys import KeyStatistics, KeyStore, update_key_stores
+from modeling.some.layer import SoMELayer
+from modeling.some.router import Routing
+
+__all__ = [
+    "FrozenExpertPool",
+    "KeyRules",
+    "KeyStatistics",
+    "KeyStore",
+    "Routing",
+    "SoMEConfig",
+    "SoMELayer",
+    "pool_manifest",
+    "update_key_stores",
+]
