@@ -1,0 +1,218 @@
+"""Prepared data: built once, found again, rebuilt when damaged, never seen half written."""
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+
+from trainer.data import DataConfig, open_data, prepare, prepare_data, tokenizer_hash
+
+VOCAB, SEQ = 400, 64
+
+
+@pytest.fixture
+def config(tmp_path):
+    return DataConfig(train_documents=60, val_documents=10, cache_dir=str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def builds(monkeypatch):
+    """Names of what was built, in order."""
+    done = []
+    for name in ("train_tokenizer", "write_sequences"):
+        original = getattr(prepare, name)
+        monkeypatch.setattr(prepare, name, lambda *a, _o=original, _n=name: (done.append(_n), _o(*a))[1])
+    return done
+
+
+ALL = ["train_tokenizer", "write_sequences", "write_sequences"]
+
+
+def entries(tmp_path):
+    return sorted(path.name for path in (tmp_path / "cache").iterdir())
+
+
+@pytest.mark.parametrize("name", ["stories", "tinystories"])
+def test_what_is_opened_is_what_was_loaded(config, request, name):
+    if name == "tinystories":
+        path = str(request.getfixturevalue("real_data") / "tinystories")
+        config = dataclasses.replace(config, name=name, path=path)
+    documents = prepare.load_documents(config, 5)
+    data = open_data(prepare_data(config, VOCAB, SEQ, 5))
+    for texts, sequences, split in (
+        (documents.train, data.train, "train"),
+        (documents.validation, data.validation, "validation"),
+    ):
+        ids: list[list[int]] = []
+        for row, starts in zip(sequences, sequences.starts_document, strict=True):
+            if starts:
+                ids.append(row[1:].tolist())
+            else:
+                ids[-1] += row[1:].tolist()
+        assert [data.tokenizer.decode(i[:-1]) for i in ids] == texts
+        assert data.summary[split]["documents"] == sequences.num_documents == len(texts)
+        assert data.summary[split]["tokens"] == sequences.lengths.sum() == sum(map(len, ids))
+        assert data.summary[split]["bytes"] == sequences.num_bytes.sum() == sum(len(t.encode()) for t in texts)
+        assert sequences.lengths.max() <= SEQ
+    assert data.tokenizer_hash == tokenizer_hash(data.tokenizer)
+    assert data.summary["dropped"] == {"empty": 0, "overlap": 0}
+
+
+def test_second_call_builds_nothing(config, builds, tmp_path, capsys):
+    folder = prepare_data(config, VOCAB, SEQ, 0)
+    assert builds == ALL
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    assert prepare_data(config, VOCAB, SEQ, 0) == folder
+    assert builds == ALL
+    assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    assert len(entries(tmp_path)) == 2, "temporary files were left"
+    assert "rebuilding" not in capsys.readouterr().out
+
+
+def test_keys_follow_content(config, builds, tmp_path):
+    first = prepare_data(config, VOCAB, SEQ, 0)
+    fingerprints = {open_data(first).fingerprint}
+    more = DataConfig(train_documents=60, val_documents=11, cache_dir=config.cache_dir)
+    for other, vocab, seq, seed, trains in (
+        (config, VOCAB, SEQ + 1, 0, False),
+        (more, VOCAB, SEQ, 0, False),
+        (config, VOCAB + 1, SEQ, 0, True),
+        (config, VOCAB, SEQ, 1, True),
+    ):
+        builds.clear()
+        folder = prepare_data(other, vocab, seq, seed)
+        assert ("train_tokenizer" in builds) == trains
+        fingerprints.add(open_data(folder).fingerprint)
+    assert len(fingerprints) == 5
+    # The same texts from a file are the same data, wherever they come from.
+    documents = prepare.load_documents(config, 0)
+    for name, texts in (("train", documents.train), ("valid", documents.validation)):
+        file = tmp_path / "local" / f"{name}.jsonl"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    local = DataConfig(name="text", path=str(tmp_path / "local"), cache_dir=config.cache_dir)
+    builds.clear()
+    assert prepare_data(local, VOCAB, SEQ, 9) == first
+    assert builds == []
+
+
+def test_a_changed_word_of_equal_length_is_other_data(tmp_path):
+    fingerprints = set()
+    for word in ("cat", "dog"):
+        (tmp_path / "in").mkdir(exist_ok=True)
+        (tmp_path / "in" / "train.txt").write_text("the cat and the dog")
+        (tmp_path / "in" / "valid.txt").write_text(f"a {word}")
+        config = DataConfig(name="text", path=str(tmp_path / "in"), cache_dir=str(tmp_path / "cache"))
+        data = open_data(prepare_data(config, 300, 8, 0))
+        assert data.tokenizer.decode(data.validation[0].tolist()) == f"a {word}"
+        fingerprints.add(data.fingerprint)
+    assert len(fingerprints) == 2
+
+
+@pytest.mark.parametrize("name", prepare.FILES + (prepare.META,))
+@pytest.mark.parametrize("how", ["truncate", "flip", "delete"])
+def test_damage_is_repaired_with_a_message(config, capsys, tmp_path, name, how):
+    folder = prepare_data(config, VOCAB, SEQ, 0)
+    original = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    victim = folder / name
+    content = victim.read_bytes()
+    if how == "delete":
+        victim.unlink()
+    else:
+        middle = len(content) // 2
+        victim.write_bytes(content[:-1] if how == "truncate" else content[:middle] + b"\xff" + content[middle + 1 :])
+    capsys.readouterr()
+    assert prepare_data(config, VOCAB, SEQ, 0) == folder
+    out = capsys.readouterr().out
+    assert "rebuilding" in out and str(folder) in out
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == original
+    assert len(entries(tmp_path)) == 2, "the damaged entry was left"
+
+
+def test_damaged_tokenizer_cache_is_rebuilt(config, builds, tmp_path, capsys):
+    folder = prepare_data(config, VOCAB, SEQ, 0)
+    (file,) = (tmp_path / "cache").glob("tokenizer-*.json")
+    content = file.read_bytes()
+    file.write_bytes(content[:100])
+    builds.clear()
+    assert prepare_data(config, VOCAB, SEQ, 0) == folder
+    assert builds == ["train_tokenizer"] and file.read_bytes() == content
+    assert "rebuilding" in capsys.readouterr().out
+
+
+def test_interrupted_build_leaves_no_entry(config, monkeypatch, tmp_path):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "_hash_file", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            prepare_data(config, VOCAB, SEQ, 0)
+    assert [name for name in entries(tmp_path) if not name.startswith("tokenizer-")] == []
+    assert len(open_data(prepare_data(config, VOCAB, SEQ, 0)).validation) >= 10
+
+
+def test_another_run_got_there_first(config, monkeypatch, tmp_path):
+    folder = prepare_data(config, VOCAB, SEQ, 0)
+    kept = tmp_path / "kept"
+    shutil.move(folder, kept)
+    write = prepare.write_sequences
+
+    def slow_write(*args):
+        if not folder.exists():
+            shutil.copytree(kept, folder)  # the other run finishes while this one is at work
+        return write(*args)
+
+    monkeypatch.setattr(prepare, "write_sequences", slow_write)
+    assert prepare_data(config, VOCAB, SEQ, 0) == folder
+    assert len(open_data(folder).train) == len(open_data(kept).train)
+    assert len(entries(tmp_path)) == 2
+
+
+def test_bad_settings(config, tmp_path):
+    with pytest.raises(ValueError, match=r"model\.vocab_size=100"):
+        prepare_data(config, 100, SEQ, 0)
+    with pytest.raises(ValueError, match=r"model\.max_seq_len=0"):
+        prepare_data(config, VOCAB, 0, 0)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ValueError, match=r"data\.cache_dir="):
+        prepare_data(DataConfig(train_documents=5, val_documents=2, cache_dir=str(tmp_path / "file")), VOCAB, SEQ, 0)
+
+
+def test_notes_and_dropped_documents_are_printed(tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "train.jsonl").write_text('{"text": "a"}\n{"text": " "}\n{"text": "v"}\n')
+    (tmp_path / "in" / "valid.jsonl").write_text('{"text": "v"}\n')
+    config = DataConfig(
+        name="text",
+        path=str(tmp_path / "in"),
+        drop_overlap=True,
+        train_documents=9,
+        cache_dir=str(tmp_path / "cache"),
+    )
+    data = open_data(prepare_data(config, 300, 8, 0))
+    out = capsys.readouterr().out
+    assert "dropped 1 documents (empty)" in out and "dropped 1 documents (overlap)" in out
+    assert "data.train_documents=9" in out
+    assert data.summary["dropped"] == {"empty": 1, "overlap": 1}
+    assert len(data.summary["notes"]) == 1
+
+
+def test_open_data_names_a_bad_folder(config, tmp_path):
+    with pytest.raises(ValueError, match="nothing: not a folder of tokenised data"):
+        open_data(tmp_path / "nothing")
+    folder = prepare_data(config, VOCAB, SEQ, 0)
+    other = prepare_data(config, VOCAB + 50, SEQ, 0)
+    shutil.copy(other / "tokenizer.json", folder / "tokenizer.json")
+    with pytest.raises(ValueError, match="differs from the tokenizer of this data"):
+        open_data(folder)
+
+
+def test_cache_root(monkeypatch, tmp_path):
+    monkeypatch.setenv("SOME_CACHE_DIR", str(tmp_path / "env"))
+    assert DataConfig().cache_root() == tmp_path / "env"
+    assert DataConfig(cache_dir=str(tmp_path)).cache_root() == tmp_path
+    monkeypatch.delenv("SOME_CACHE_DIR")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert DataConfig().cache_root() == tmp_path / ".cache" / "some"

@@ -1,0 +1,1 @@
+"""Trains SoME language models: data, the distributed engine, the loop, checkpoints and metrics."""

@@ -1,0 +1,166 @@
+"""Readers of local files: each yields the documents of one file, in order, and names file and place in its errors."""
+
+import codecs
+import io
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+
+SUFFIXES = (".jsonl", ".parquet", ".txt", ".tokens", ".md")
+END_OF_TEXT = "<|endoftext|>"
+DOCUMENT_CHARACTERS = 2000  # target size of a document cut from plain text that marks no documents
+LONG_LINE_CHARACTERS = 4 * DOCUMENT_CHARACTERS  # a longer line is cut at spaces: some corpora are one single line
+
+
+def list_files(path: Path) -> list[Path]:
+    """The data files at `path`: the file itself, or all files below a folder, sorted, hidden ones left out.
+
+    Raises ValueError for a missing path, an empty folder, an empty or unreadable file, or an unknown suffix.
+    """
+    if not path.exists():
+        raise ValueError(f"data.path={str(path)!r} does not exist: set it to an existing file or folder")
+    if path.is_dir():
+        below = (file for file in path.rglob("*") if file.is_file())
+        files = sorted(f for f in below if not any(part.startswith(".") for part in f.relative_to(path).parts))
+    else:
+        files = [path]
+    if not files:
+        raise ValueError(f"data.path={str(path)!r} is a folder without files: put {', '.join(SUFFIXES)} files there")
+    for file in files:
+        if file.suffix.lower() not in SUFFIXES:
+            raise ValueError(
+                f"{file}: unknown suffix {file.suffix!r}: convert it to one of {', '.join(SUFFIXES)}, "
+                "or move it out of data.path"
+            )
+        try:
+            with file.open("rb") as handle:
+                empty = not handle.read(1)
+        except OSError as error:
+            raise ValueError(
+                f"{file}: cannot be read ({error.strerror}): change its permissions or data.path"
+            ) from error
+        if empty:
+            raise ValueError(f"{file}: is empty (0 bytes): remove it or set data.path to a file with text")
+    return files
+
+
+def read_documents(file: Path, text_field: str) -> Iterator[str]:
+    """Yield the documents of one file; null texts come out as "". Raises ValueError naming file, finding and cure."""
+    suffix = file.suffix.lower()
+    if suffix == ".jsonl":
+        return _read_jsonl(file, text_field)
+    if suffix == ".parquet":
+        return _read_parquet(file, text_field)
+    return iter(split_text(_decode(file.read_bytes(), str(file))))
+
+
+def check_file(file: Path, text_field: str) -> None:
+    """Parse the first few documents of a file, reading no more of it than that needs. Raises ValueError."""
+    if file.suffix.lower() in (".jsonl", ".parquet"):
+        for _, _ in zip(range(8), read_documents(file, text_field), strict=False):
+            pass
+        return
+    with file.open("rb") as handle:
+        head = handle.read(65536)
+    _decode(head, str(file), final=False)
+
+
+def checked_text(value: object, where: str) -> str:
+    """`value` as a document: null is an empty document; anything else must be a string that UTF-8 can express."""
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise ValueError(f"{where} is {type(value).__name__}, not text: set data.text_field to the field with the text")
+    if not value.isascii():
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{where} has a lone surrogate at character {error.start}: remove or repair it") from None
+    return value
+
+
+def split_text(text: str) -> list[str]:
+    """Documents of a plain text: what `<|endoftext|>` separates, without the line ends around the separator; in a text
+    without separators, consecutive lines of about 2,000 characters whose concatenation is exactly `text`."""
+    if END_OF_TEXT in text:
+        return [part.strip("\r\n") for part in text.split(END_OF_TEXT)]
+    documents: list[str] = []
+    lines: list[str] = []
+    size = 0
+    for line in io.StringIO(text, newline="\n"):
+        for piece in _pieces(line):
+            lines.append(piece)
+            size += len(piece)
+            if size >= DOCUMENT_CHARACTERS:
+                documents.append("".join(lines))
+                lines, size = [], 0
+    rest = "".join(lines)
+    if documents and not rest.strip():
+        documents[-1] += rest  # white space alone would be dropped as an empty document
+    elif rest:
+        documents.append(rest)
+    return documents
+
+
+def _pieces(line: str) -> list[str]:
+    if len(line) <= LONG_LINE_CHARACTERS:
+        return [line]
+    # About 2,000 characters and on to the next white space, or 8,000 where there is none.
+    extra = LONG_LINE_CHARACTERS - DOCUMENT_CHARACTERS
+    return re.findall(rf".{{{DOCUMENT_CHARACTERS}}}\S{{0,{extra}}}\s?|.+", line, flags=re.DOTALL)
+
+
+def _decode(data: bytes, where: str, final: bool = True) -> str:
+    # final=False: `data` is the head of a file and may end inside a character.
+    try:
+        return codecs.getincrementaldecoder("utf-8")().decode(data, final)
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{where}: byte {error.start} (0x{data[error.start]:02x}) is not UTF-8: convert it, for example with iconv"
+        ) from None
+
+
+def _read_jsonl(file: Path, text_field: str) -> Iterator[str]:
+    with file.open("rb") as handle:
+        for number, raw in enumerate(handle, start=1):
+            where = f"{file} line {number}"
+            line = _decode(raw, where).lstrip("\ufeff").strip()
+            if not line:
+                continue
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(
+                    f"{where}: not JSON ({error.msg} at column {error.colno}): write one JSON object a line"
+                ) from None
+            if not isinstance(record, dict):
+                raise ValueError(
+                    f"{where}: a JSON {type(record).__name__}, not an object: write one JSON object a line"
+                )
+            if text_field not in record:
+                raise ValueError(
+                    f"{where}: no field {text_field!r} among {sorted(record)[:8]}: set data.text_field to one of them"
+                )
+            yield checked_text(record[text_field], f"{where}: field {text_field!r}")
+
+
+def _read_parquet(file: Path, text_field: str) -> Iterator[str]:
+    try:
+        with pyarrow.parquet.ParquetFile(file) as table:
+            names = table.schema_arrow.names
+            if text_field not in names:
+                raise ValueError(
+                    f"{file}: no column {text_field!r} among {names[:8]}: set data.text_field to one of them"
+                )
+            row = 0
+            for batch in table.iter_batches(batch_size=1024, columns=[text_field]):
+                for value in batch.column(0).to_pylist():
+                    yield checked_text(value, f"{file} row {row}: column {text_field!r}")
+                    row += 1
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{file}: not a readable parquet file ({first_line}): write it again") from error

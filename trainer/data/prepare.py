@@ -1,0 +1,180 @@
+"""Documents to cached tokenizer and cached tokenised data, keyed by content, built once by rank 0, opened by all ranks.
+
+Everything is written under a temporary name next to its place and moved there in one step, so that an entry is either
+absent or whole; entries are checked by SHA-256 before they are used again.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from tokenizers import Tokenizer
+
+from trainer.data.config import DataConfig
+from trainer.data.sequences import ARRAYS, Sequences, write_sequences
+from trainer.data.sources import load_documents
+from trainer.data.tokenizer import check_vocab_size, load_tokenizer, tokenizer_hash, train_tokenizer
+
+FORMAT = 1  # part of every key: raise it when what is cached changes its meaning
+SPLITS = ("train", "validation")
+FILES = ("tokenizer.json", *(f"{split}/{name}.npy" for split in SPLITS for name in ARRAYS))
+META = "meta.json"
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """What `open_data` returns. `fingerprint` is equal if and only if documents, tokenizer and max_seq_len are.
+
+    `summary`: for `train` and `validation` the counts documents, sequences, tokens (targets) and bytes; for `dropped`
+    the counts empty and overlap; `notes`, a list of lines about the source; `vocab_size` and `max_seq_len`.
+    """
+
+    tokenizer: Tokenizer
+    train: Sequences
+    validation: Sequences
+    fingerprint: str
+    tokenizer_hash: str
+    summary: dict[str, Any]
+
+
+def prepare_data(config: DataConfig, vocab_size: int, max_seq_len: int, seed: int) -> Path:
+    """Make sure that the tokenised data exists in the cache, and return its folder. For rank 0 only.
+
+    `max_seq_len` is the largest number of targets in a sequence. A second call with the same documents and settings
+    reads the documents, finds the entry and builds nothing; a damaged entry is rebuilt with a message. Raises
+    ValueError for settings or a source that cannot work, and for a cache folder that cannot be written.
+    """
+    check_vocab_size(vocab_size)
+    if max_seq_len < 1:
+        raise ValueError(f"model.max_seq_len={max_seq_len} leaves no targets: use 1 or more")
+    documents = load_documents(config, seed)
+    for line in documents.notes:
+        print(f"data: {line}")
+    for reason, number in documents.dropped.items():
+        if number:
+            print(f"data: dropped {number} documents ({reason})")
+    root = config.cache_root()
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        train_hash = _hash_texts(documents.train)
+        tokenizer = _cached_tokenizer(root, train_hash, documents.train, vocab_size)
+        key = _key(train_hash, _hash_texts(documents.validation), tokenizer_hash(tokenizer), max_seq_len)
+        folder = root / f"data-{key[:32]}"
+        problem = _problem(folder, key)
+        if problem is not None:
+            if folder.exists():
+                print(f"data: rebuilding cache entry {folder}: {problem}")
+            summary = {"dropped": documents.dropped, "notes": list(documents.notes)}
+            summary |= {"vocab_size": vocab_size, "max_seq_len": max_seq_len}
+            texts = {"train": documents.train, "validation": documents.validation}
+            _build(folder, key, texts, tokenizer, summary)
+    except OSError as error:
+        raise ValueError(
+            f"data.cache_dir={str(root)!r} cannot be used ({error}): set it (or SOME_CACHE_DIR) to a writable folder"
+        ) from error
+    return folder
+
+
+def open_data(folder: str | Path) -> Dataset:
+    """Open a folder that `prepare_data` returned; any rank, memory-mapped. Raises ValueError if it is damaged."""
+    folder = Path(folder)
+    try:
+        meta = json.loads((folder / META).read_text(encoding="utf-8"))
+        fingerprint, summary, expected_hash = meta["fingerprint"], meta["summary"], meta["tokenizer_hash"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder}: not a folder of tokenised data ({error}): prepare the data again") from error
+    tokenizer = load_tokenizer(folder / "tokenizer.json")
+    train, validation = (Sequences(folder / split) for split in SPLITS)
+    if tokenizer_hash(tokenizer) != expected_hash:
+        raise ValueError(f"{folder / 'tokenizer.json'}: differs from the tokenizer of this data: delete {folder}")
+    return Dataset(tokenizer, train, validation, fingerprint, expected_hash, summary)
+
+
+def _cached_tokenizer(root: Path, train_hash: str, texts: list[str], vocab_size: int) -> Tokenizer:
+    path = root / f"tokenizer-{_key(train_hash, vocab_size)[:32]}.json"
+    if path.exists():
+        try:
+            tokenizer = load_tokenizer(path)
+            if tokenizer.get_vocab_size() <= vocab_size:
+                return tokenizer
+            print(f"data: rebuilding {path}: it has more than {vocab_size} tokens")
+        except ValueError as error:
+            print(f"data: rebuilding: {error}")
+    tokenizer = train_tokenizer(texts, vocab_size)
+    temporary = _temporary(path)
+    temporary.write_text(tokenizer.to_str(), encoding="utf-8")
+    os.replace(temporary, path)
+    return tokenizer
+
+
+def _build(folder: Path, key: str, texts: dict[str, list[str]], tokenizer: Tokenizer, summary: dict[str, Any]) -> None:
+    temporary = _temporary(folder)
+    temporary.mkdir()
+    try:
+        (temporary / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
+        for split in SPLITS:
+            summary[split] = write_sequences(
+                temporary / split, texts[split], tokenizer, summary["vocab_size"], summary["max_seq_len"]
+            )
+        meta = {
+            "fingerprint": key,
+            "tokenizer_hash": tokenizer_hash(tokenizer),
+            "summary": summary,
+            "sha256": {name: _hash_file(temporary / name) for name in FILES},
+        }
+        (temporary / META).write_text(json.dumps(meta, indent=1), encoding="utf-8")
+        if folder.exists() and _problem(folder, key) is not None:
+            # A folder cannot be replaced while it has files: move the damaged one aside first.
+            aside = _temporary(folder)
+            os.replace(folder, aside)
+            shutil.rmtree(aside)
+        try:
+            os.replace(temporary, folder)
+        except OSError:
+            # Another run may have put the same entry there meanwhile; its content is the same as ours.
+            if _problem(folder, key) is not None:
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _problem(folder: Path, key: str) -> str | None:
+    """Why the cache entry cannot be used, or None if it is whole: every file has the SHA-256 that meta.json states."""
+    try:
+        meta = json.loads((folder / META).read_text(encoding="utf-8"))
+        if meta["fingerprint"] != key:
+            return f"{META} is of other data"
+        for name in FILES:
+            if _hash_file(folder / name) != meta["sha256"][name]:
+                return f"{name} is damaged"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.{uuid4().hex[:8]}.tmp")
+
+
+def _key(*parts: object) -> str:
+    return hashlib.sha256(json.dumps([FORMAT, *parts]).encode("utf-8")).hexdigest()
+
+
+def _hash_texts(texts: Iterable[str]) -> str:
+    digest = hashlib.sha256()
+    for text in texts:
+        data = text.encode("utf-8")
+        digest.update(len(data).to_bytes(8, "little"))  # the length keeps ["ab", "c"] apart from ["a", "bc"]
+        digest.update(data)
+    return digest.hexdigest()
+
+
+def _hash_file(path: Path) -> str:
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
