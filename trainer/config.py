@@ -1,0 +1,305 @@
+"""An experiment: a YAML file plus `--set` overrides, checked into dataclasses.
+
+Every mistake is a `ValueError` of one line that names the key, the value and the cure.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from modeling.config import RULE_PRESETS, KeyRules, ModelConfig
+from trainer.data.config import DataConfig
+
+EXPERIMENTS_DIR = Path(__file__).parent / "experiments"
+
+
+def _positive(key: str, value: float) -> None:
+    if value <= 0:
+        raise ValueError(f"{key} = {value} must be greater than 0")
+
+
+def _fraction(key: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise ValueError(f"{key} = {value} must lie between 0 and 1")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The optimisation; the same whatever the number of ranks."""
+
+    batch_size: int = 32
+    """Sequences in one global batch, over all ranks and accumulation steps."""
+    max_micro_batch: int = 16
+    """Most sequences that one rank holds at a time; accumulation follows from it."""
+    epochs: float = 4
+    """Length of the run in passes over the training data; `steps` goes before."""
+    steps: int | None = None
+    """Length of the run in optimizer steps; null = from `epochs`."""
+    learning_rate: float = 6e-4
+    """Peak learning rate."""
+    min_learning_rate_ratio: float = 0.1
+    """The cosine ends at this share of the peak (published: 0)."""
+    warmup_steps: int = 100
+    """Steps of linear warm-up (published: 0)."""
+    weight_decay: float = 0.1
+    """AdamW's decoupled weight decay."""
+    weight_decay_on: str = "matrices"
+    """`matrices` (norms, biases and the embedding are left out) or `all` (published)."""
+    beta1: float = 0.9
+    """AdamW's first beta."""
+    beta2: float = 0.95
+    """AdamW's second beta."""
+    epsilon: float = 1e-8
+    """AdamW's epsilon."""
+    gradient_clipping: float = 1.0
+    """Largest global gradient norm."""
+    eval_every: int = 500
+    """Steps between evaluations; there is always one at the end."""
+    deterministic: bool = True
+    """Use deterministic kernels, so that a restart on the same ranks repeats every bit."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "batch_size",
+            "max_micro_batch",
+            "epochs",
+            "learning_rate",
+            "gradient_clipping",
+            "eval_every",
+            "epsilon",
+        ):
+            _positive(f"train.{name}", getattr(self, name))
+        if self.steps is not None:
+            _positive("train.steps", self.steps)
+        for name in ("min_learning_rate_ratio", "beta1", "beta2"):
+            _fraction(f"train.{name}", getattr(self, name))
+        for name in ("warmup_steps", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"train.{name} = {getattr(self, name)} must not be negative")
+        if self.weight_decay_on not in ("matrices", "all"):
+            raise ValueError(f"train.weight_decay_on = {self.weight_decay_on!r} is not one of: matrices, all")
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How a run spreads over ranks; changes no number of the run."""
+
+    ep_size: int | str = "auto"
+    """Ranks that share one copy of the expert pool. `auto`: the largest number that divides a node's ranks and the experts;
+    1: the whole pool on every rank."""
+    check_every: int = 100
+    """Steps between comparisons of the key stores over ranks."""
+    timeout_minutes: float = 30
+    """How long a collective, or the start of the slowest rank, may take."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.ep_size, str) and self.ep_size != "auto":
+            raise ValueError(f"parallel.ep_size = {self.ep_size!r} must be a number of ranks or auto")
+        if not isinstance(self.ep_size, str):
+            _positive("parallel.ep_size", self.ep_size)
+        _positive("parallel.check_every", self.check_every)
+        _positive("parallel.timeout_minutes", self.timeout_minutes)
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When checkpoints are written, and how many are kept."""
+
+    every: int = 500
+    """Steps between checkpoints; there is always one at the end."""
+    keep: int = 2
+    """How many of the newest are kept; the best by validation loss is kept besides."""
+
+    def __post_init__(self) -> None:
+        _positive("checkpoint.every", self.every)
+        _positive("checkpoint.keep", self.keep)
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """What a run writes and shows."""
+
+    every: int = 1
+    """Steps between train records in metrics.jsonl and TensorBoard."""
+    tensorboard: bool = True
+    """Write TensorBoard files."""
+    deepspeed: bool = False
+    """Show DeepSpeed's own log."""
+
+    def __post_init__(self) -> None:
+        _positive("log.every", self.every)
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """The text that a finished run prints."""
+
+    prompt: str = "Once upon a time"
+    """How the text begins."""
+    tokens: int = 120
+    """Most tokens to add."""
+    temperature: float = 0.7
+    """Sampling temperature; 0 takes the likeliest token."""
+
+    def __post_init__(self) -> None:
+        if self.tokens < 0 or self.temperature < 0:
+            raise ValueError(
+                f"sample.tokens = {self.tokens} and sample.temperature = {self.temperature} must not be negative"
+            )
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Everything that decides a run's numbers, and how it is run."""
+
+    name: str = "quickstart"
+    """Names the default output folder."""
+    seed: int = 0
+    """Decides every random number: weights, experts, keys, data order."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The model."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """The text it learns."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """The optimisation."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """How it spreads over ranks."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """When it is saved."""
+    log: LogConfig = field(default_factory=LogConfig)
+    """What it shows."""
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    """What a finished run prints."""
+
+    def to_dict(self) -> dict:
+        """Nested plain values; `experiment_from_dict` reads it back."""
+        return dataclasses.asdict(self)
+
+
+def experiment_names() -> list[str]:
+    """The shipped experiments."""
+    return sorted(path.stem for path in EXPERIMENTS_DIR.glob("*.yaml"))
+
+
+def load_experiment(name: str = "quickstart", overrides: list[str] | None = None) -> Experiment:
+    """A shipped experiment by name, or a YAML file by path, with `key.path=value` overrides.
+
+    Raises:
+        ValueError: unknown experiment, file that is not YAML, unknown key, wrong type or value.
+    """
+    values = _read_experiment(name)
+    for override in overrides or []:
+        key, separator, text = override.partition("=")
+        if not separator:
+            raise ValueError(f"--set {override}: write it as key=value, for example --set train.batch_size=64")
+        _set_path(values, key.strip(), _parse_scalar(key, text))
+    return experiment_from_dict(values)
+
+
+def experiment_from_dict(values: dict) -> Experiment:
+    """Checked dataclasses from nested plain values.
+
+    Raises:
+        ValueError: unknown key, wrong type or value.
+    """
+    return _build(Experiment, values, "")
+
+
+def _read_experiment(name: str, seen: tuple[str, ...] = ()) -> dict:
+    """The YAML's values on top of those of its `base`."""
+    shipped = EXPERIMENTS_DIR / f"{name}.yaml"
+    is_path = name.endswith((".yaml", ".yml"))
+    if not is_path and not shipped.exists():
+        raise ValueError(f"--experiment {name}: unknown; {_nearest(name, experiment_names())}a YAML file's path also works")
+    path = Path(name) if is_path else shipped
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"--experiment {name}: cannot be read ({error.strerror}); give an existing file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"--experiment {name}: is not valid YAML ({reason}); mend the file") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"--experiment {name}: holds {type(values).__name__}, not keys and values; see trainer/experiments")
+    base = values.pop("base", None)
+    if base is None:
+        return values
+    if not isinstance(base, str) or base in seen:
+        raise ValueError(f"base = {base!r} in {name}: must name another experiment, and not one that is built on this one")
+    return _merge(_read_experiment(base, (*seen, name)), values)
+
+
+def _merge(below: dict, above: dict) -> dict:
+    merged = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _parse_scalar(key: str, text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ValueError(f"--set {key}={text}: the value is not valid YAML; quote it") from None
+
+
+def _set_path(values: dict, path: str, value: Any) -> None:
+    *parents, last = path.split(".")
+    for parent in parents:
+        values = values.setdefault(parent, {})
+        if not isinstance(values, dict):
+            raise ValueError(f"--set {path}: {parent} is a value and has no keys below it")
+    values[last] = value
+
+
+def _nearest(word: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"did you mean {close[0]}? " if close else f"known: {', '.join(known)}; "
+
+
+def _build(cls: type, values: Any, prefix: str) -> Any:
+    """An instance of dataclass `cls` from a dict, with every key and type checked."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{prefix.rstrip('.')} = {values!r}: expected keys and values, see trainer/experiments")
+    if cls is KeyRules and "preset" in values:
+        values = dict(values)
+        preset = values.pop("preset")
+        if preset not in RULE_PRESETS:
+            raise ValueError(f"{prefix}preset = {preset!r} is unknown; known: {', '.join(RULE_PRESETS)}")
+        values = {**RULE_PRESETS[preset], **values}
+    hints = typing.get_type_hints(cls)
+    known = [f.name for f in dataclasses.fields(cls)]
+    for key in values:
+        if key not in known:
+            raise ValueError(f"{prefix}{key}: unknown key; {_nearest(str(key), known)}".rstrip("; ").strip())
+    return cls(**{key: _convert(hints[key], value, f"{prefix}{key}") for key, value in values.items()})
+
+
+def _convert(hint: Any, value: Any, key: str) -> Any:
+    """`value` as the annotated type; YAML reads 6e-4 as text and 1 as int where a float is meant, which are accepted."""
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, f"{key}.")
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    for option in options:
+        if option is type(None) and value is None:
+            return None
+        if option is bool and isinstance(value, bool):
+            return value
+        if option is int and isinstance(value, int) and not isinstance(value, bool):
+            return value
+        if option is float and isinstance(value, int | float | str) and not isinstance(value, bool):
+            try:
+                return float(value)
+            except ValueError:
+                continue
+        if option is str and isinstance(value, str):
+            return value
+    names = " or ".join("null" if o is type(None) else o.__name__ for o in options)
+    raise ValueError(f"{key} = {value!r} is {type(value).__name__}; expected {names}")

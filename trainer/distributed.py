@@ -1,0 +1,152 @@
+"""Ranks: who we are under any launcher, the process group, and how a global batch is laid out over the ranks."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from modeling.some.placement import Placement
+from trainer.config import Experiment
+
+
+@dataclass(frozen=True)
+class Launch:
+    """This process's place in the job, as its launcher tells it."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+
+    @staticmethod
+    def from_environment(environment: Mapping[str, str] = os.environ) -> "Launch":
+        """Read the variables of deepspeed and torchrun, or of a SLURM step; a plain process is rank 0 of 1.
+
+        The batch shell of a SLURM job carries SLURM_PROCID as well, so only SLURM_STEP_ID tells that srun started us.
+
+        Raises:
+            ValueError: half a set of variables.
+        """
+        if "RANK" in environment:
+            names = {"rank": "RANK", "world_size": "WORLD_SIZE", "local_rank": "LOCAL_RANK"}
+            local_world = environment.get("LOCAL_WORLD_SIZE") or environment.get("LOCAL_SIZE")
+        elif "SLURM_STEP_ID" in environment and "SLURM_PROCID" in environment:
+            names = {"rank": "SLURM_PROCID", "world_size": "SLURM_NTASKS", "local_rank": "SLURM_LOCALID"}
+            local_world = _tasks_on_node(environment)
+        else:
+            return Launch(rank=0, world_size=1, local_rank=0, local_world_size=1)
+        missing = [name for name in names.values() if name not in environment]
+        if missing:
+            raise ValueError(f"environment: {', '.join(missing)} not set; start with deepspeed, torchrun or srun")
+        values = {field: int(environment[name]) for field, name in names.items()}
+        return Launch(**values, local_world_size=int(local_world or values["world_size"]))
+
+    def export(self) -> None:
+        """Set the variables that torch.distributed and DeepSpeed read, where the launcher did not."""
+        settings = {"RANK": self.rank, "WORLD_SIZE": self.world_size, "LOCAL_RANK": self.local_rank}
+        for name, value in {**settings, "LOCAL_WORLD_SIZE": self.local_world_size}.items():
+            os.environ.setdefault(name, str(value))
+        if self.world_size == 1:
+            # A lone process meets nobody: port 0 lets the system choose, so runs side by side cannot collide.
+            os.environ.setdefault("MASTER_PORT", "0")
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+
+
+def _tasks_on_node(environment: Mapping[str, str]) -> str:
+    """This node's entry of a list such as `2(x3),1` (two tasks on each of three nodes, then one)."""
+    counts: list[str] = []
+    for part in environment.get("SLURM_STEP_TASKS_PER_NODE", environment["SLURM_NTASKS"]).split(","):
+        count, _, repeat = part.partition("(x")
+        counts += [count] * int(repeat.rstrip(")") or 1)
+    return counts[min(int(environment.get("SLURM_NODEID", 0)), len(counts) - 1)]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the experiment's global batch and pool are spread over the ranks."""
+
+    ep_size: int
+    micro_batch: int
+    accumulation: int
+
+    @staticmethod
+    def of(experiment: Experiment, launch: Launch) -> "Layout":
+        """The layout of `experiment` on this job's ranks.
+
+        Raises:
+            ValueError: a batch or an ep_size that does not divide, with the nearest that do.
+        """
+        ep_size = _ep_size(experiment, launch)
+        batch, world = experiment.train.batch_size, launch.world_size
+        if batch % world:
+            nearest = sorted({max(world, batch // world * world), (batch // world + 1) * world})
+            raise ValueError(
+                f"train.batch_size = {batch} does not divide over {world} ranks; nearest that do: "
+                f"{', '.join(map(str, nearest))}"
+            )
+        share = batch // world
+        largest = min(share, experiment.train.max_micro_batch)
+        micro = next(size for size in range(largest, 0, -1) if share % size == 0)
+        return Layout(ep_size=ep_size, micro_batch=micro, accumulation=share // micro)
+
+
+def _ep_size(experiment: Experiment, launch: Launch) -> int:
+    asked, experts, world = experiment.parallel.ep_size, experiment.model.some.num_experts, launch.world_size
+    if asked == "auto":
+        node = launch.local_world_size
+        return next(n for n in range(node, 0, -1) if node % n == 0 and world % n == 0 and experts % n == 0)
+    if world % asked:
+        sizes = [n for n in range(1, world + 1) if world % n == 0 and experts % n == 0]
+        raise ValueError(
+            f"parallel.ep_size = {asked} does not divide the {world} ranks; sizes that do: "
+            f"{', '.join(map(str, sizes))}, or auto"
+        )
+    Placement.contiguous(experts, asked)
+    return asked
+
+
+def choose_device(launch: Launch) -> torch.device:
+    """This rank's GPU, or the CPU with its share of the cores."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(launch.local_rank)
+        return torch.device("cuda", launch.local_rank)
+    if "OMP_NUM_THREADS" not in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
+        # torchrun sets one thread a rank whatever the machine has; share the cores instead.
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // launch.local_world_size))
+    return torch.device("cpu")
+
+
+def init_process_group(launch: Launch, device: torch.device, timeout_minutes: float) -> None:
+    """Form the world: NCCL on GPUs, gloo on CPUs."""
+    launch.export()
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        timeout=timedelta(minutes=timeout_minutes),
+        device_id=device if device.type == "cuda" else None,
+    )
+
+
+def expert_parallel_group(ep_size: int) -> dist.ProcessGroup | None:
+    """The group of `ep_size` consecutive ranks that this rank belongs to; None when every rank holds the whole pool.
+
+    Every rank creates every group, in the same order.
+    """
+    if ep_size == 1:
+        return None
+    mine = None
+    for first in range(0, dist.get_world_size(), ep_size):
+        ranks = list(range(first, first + ep_size))
+        group = dist.new_group(ranks)
+        if dist.get_rank() in ranks:
+            mine = group
+    return mine
+
+
+def broadcast_text(text: str) -> str:
+    """Rank 0's text on every rank."""
+    box = [text]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]

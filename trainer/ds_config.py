@@ -1,0 +1,104 @@
+"""The DeepSpeed JSON: what it may say, and how it is completed from the experiment.
+
+The JSON decides precision and how the optimizer is sharded. What decides the curve (batch, learning rate, clipping,
+schedule) belongs to the experiment; a JSON may repeat it or say "auto", but not contradict it.
+"""
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any
+
+from trainer.config import Experiment
+from trainer.distributed import Layout
+
+# DeepSpeed itself accepts unknown top-level keys in silence. These are the ones that make sense here.
+KNOWN_KEYS = {
+    "bf16", "fp16", "zero_optimization", "optimizer", "scheduler", "gradient_clipping", "train_batch_size",
+    "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "communication_data_type", "data_types",
+    "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "steps_per_print", "wall_clock_breakdown",
+    "memory_breakdown", "dump_state", "comms_logger", "flops_profiler", "prescale_gradients",
+    "gradient_predivide_factor", "disable_allgather", "seq_parallel_communication_data_type", "torch_autocast",
+}  # fmt: skip
+
+
+def load_ds_config(path: str, experiment: Experiment, layout: Layout, world_size: int) -> dict[str, Any]:
+    """The JSON at `path`, checked against the experiment and completed for `deepspeed.initialize`.
+
+    Raises:
+        ValueError: missing file, not JSON, unknown key, unsupported stage or precision, or a contradiction.
+    """
+    config = _read(path)
+    for key in config:
+        if key not in KNOWN_KEYS:
+            close = difflib.get_close_matches(key, KNOWN_KEYS, n=1)
+            hint = f"did you mean {close[0]}?" if close else "remove it"
+            raise ValueError(f"--ds_config {path}: unknown key {key}; {hint}")
+    stage = _section(config, "zero_optimization", path).get("stage")
+    if stage not in (1, 2):
+        raise ValueError(f"--ds_config {path}: zero_optimization.stage = {stage}; the trained core runs under stage 1 or 2")
+    if _section(config, "fp16", path).get("enabled", False):
+        raise ValueError(f"--ds_config {path}: fp16.enabled = true; use bf16, or fp32 with neither enabled")
+    _refuse_contradictions(config, path, experiment, layout, world_size)
+    return config | {
+        "train_micro_batch_size_per_gpu": layout.micro_batch,
+        "gradient_accumulation_steps": layout.accumulation,
+        "train_batch_size": experiment.train.batch_size,
+        "gradient_clipping": experiment.train.gradient_clipping,
+        "steps_per_print": config.get("steps_per_print", 2**31),
+    }
+
+
+def is_bf16(config: dict[str, Any]) -> bool:
+    """Whether core and experts are kept in bfloat16 (else fp32)."""
+    return bool(config.get("bf16", {}).get("enabled", False))
+
+
+def _read(path: str) -> dict[str, Any]:
+    try:
+        config = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"--ds_config {path}: cannot be read ({error.strerror}); see ds_configs/") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"--ds_config {path}: is not JSON ({error}); mend the file") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"--ds_config {path}: holds {type(config).__name__}; expected a JSON object")
+    return config
+
+
+def _section(config: dict[str, Any], key: str, path: str) -> dict[str, Any]:
+    section = config.get(key, {})
+    if not isinstance(section, dict):
+        raise ValueError(f"--ds_config {path}: {key} = {section!r}; expected a JSON object")
+    return section
+
+
+def _refuse_contradictions(
+    config: dict[str, Any], path: str, experiment: Experiment, layout: Layout, world_size: int
+) -> None:
+    train = experiment.train
+    owned = [
+        ("train_batch_size", config, train.batch_size, "train.batch_size"),
+        ("gradient_clipping", config, train.gradient_clipping, "train.gradient_clipping"),
+        ("train_micro_batch_size_per_gpu", config, layout.micro_batch, "train.batch_size and train.max_micro_batch"),
+        ("gradient_accumulation_steps", config, layout.accumulation, "train.batch_size and train.max_micro_batch"),
+    ]
+    optimizer = _section(config, "optimizer", path)
+    if optimizer and optimizer.get("type") != "AdamW":
+        raise ValueError(f"--ds_config {path}: optimizer.type = {optimizer.get('type')!r}; the optimizer is AdamW")
+    parameters = _section(optimizer, "params", path)
+    owned += [
+        ("lr", parameters, train.learning_rate, "train.learning_rate"),
+        ("betas", parameters, [train.beta1, train.beta2], "train.beta1 and train.beta2"),
+        ("eps", parameters, train.epsilon, "train.epsilon"),
+        ("weight_decay", parameters, train.weight_decay, "train.weight_decay"),
+    ]
+    for key, section, ours, name in owned:
+        if section.get(key, "auto") not in ("auto", ours):
+            raise ValueError(
+                f"--ds_config {path}: {key} = {section[key]} contradicts {ours} from {name} on {world_size} ranks; "
+                f'remove it, write "auto", or change the experiment with --set'
+            )
+    if "scheduler" in config:
+        raise ValueError(f"--ds_config {path}: scheduler; the schedule is the experiment's (train.warmup_steps), remove it")
+    config.pop("optimizer", None)

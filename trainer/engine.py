@@ -1,0 +1,151 @@
+"""The DeepSpeed engine behind a few calls. Nothing else in the project imports DeepSpeed.
+
+DeepSpeed sees the trained core alone: experts and key stores are buffers, which it neither shards, broadcasts, casts nor
+saves (it casts parameters only since 0.19.2).
+"""
+
+import contextlib
+import io
+import logging
+import math
+import os
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from modeling import Transformer
+from trainer.config import TrainConfig
+from trainer.schedule import parameter_groups
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """`applied` is False when the gradients were not finite: nothing changed then. `grad_norm`: global, before clipping."""
+
+    applied: bool
+    grad_norm: float
+
+
+@dataclass
+class CoreState:
+    """The trained core and its optimizer, whole and in fp32 on the CPU, independent of how many ranks shard it."""
+
+    parameters: dict[str, torch.Tensor]
+    moments: dict[str, dict[str, torch.Tensor]]
+    steps: int
+
+
+class Engine:
+    """ZeRO around the trained core.
+
+    Args:
+        model: the model on its device; DeepSpeed casts its parameters to the JSON's precision.
+        train: optimizer settings.
+        ds_config: a checked and completed DeepSpeed config.
+        show_log: let DeepSpeed's own messages through.
+    """
+
+    def __init__(self, model: Transformer, train: TrainConfig, ds_config: dict[str, Any], show_log: bool = False):
+        with contextlib.nullcontext() if show_log else quiet_deepspeed():
+            import deepspeed
+
+            optimizer = torch.optim.AdamW(
+                parameter_groups(model, train),
+                lr=train.learning_rate,
+                betas=(train.beta1, train.beta2),
+                eps=train.epsilon,
+                fused=True,
+            )
+            self._engine, self._optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
+        self.model = model
+        self.device = self._engine.device
+        # The check is on by default for bf16 and off for fp32; a non-finite step must be skipped in both.
+        self._optimizer.check_grad_overflow = True
+        self._create_adam_states()
+
+    def forward(self, *inputs: torch.Tensor, **keywords: Any) -> Any:
+        """The model's forward under DeepSpeed."""
+        return self._engine(*inputs, **keywords)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Accumulate d(loss)/d(parameters) of one micro batch. The gradient of a step is the *sum* of these over micro batches
+        and ranks: DeepSpeed's averages over both are undone here."""
+        ranks_and_steps = self._engine.dp_world_size
+        self._engine.backward(loss * ranks_and_steps, scale_wrt_gas=False)
+
+    def end_micro_batch(self, learning_rate: float) -> StepResult | None:
+        """After every backward; at the last one of a step, take it and say how it went."""
+        is_last = self._engine.is_gradient_accumulation_boundary()
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+        self._engine.step()
+        if not is_last:
+            return None
+        norm = self._engine.get_global_grad_norm()
+        norm = math.nan if norm is None else float(norm)
+        return StepResult(applied=self._engine.was_step_applied(), grad_norm=norm)
+
+    def core_state(self) -> CoreState:
+        """Gather the core from its shards; every rank takes part and gets it whole."""
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        names = dict(self.model.named_parameters())
+        return CoreState(
+            parameters={name: safe_get_full_fp32_param(p).cpu() for name, p in names.items()},
+            moments={
+                moment: {name: safe_get_full_optimizer_state(p, moment).cpu() for name, p in names.items()}
+                for moment in MOMENTS
+            },
+            steps=int(self._adam_states()[0]["step"]),
+        )
+
+    def load_core_state(self, state: CoreState) -> None:
+        """Put a whole core into this rank's shards, whatever number of ranks it came from."""
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        for adam in self._adam_states():
+            adam["step"].fill_(state.steps)
+        for name, parameter in self.model.named_parameters():
+            value = state.parameters[name].to(parameter.device)
+            parameter.data.copy_(value)
+            safe_set_full_fp32_param(parameter, value)
+            for moment in MOMENTS:
+                safe_set_full_optimizer_state(parameter, state.moments[moment][name].to(parameter.device), moment)
+
+    def _adam_states(self) -> list[dict]:
+        """This rank's AdamW state of each flat parameter group."""
+        return [self._optimizer.optimizer.state[flat] for flat in self._optimizer.single_partition_of_fp32_groups]
+
+    def _create_adam_states(self) -> None:
+        """Make AdamW's state now rather than in its first step, so that it can be saved and loaded at any time.
+
+        DeepSpeed links states to parameters once, after the first step of the first group, and would miss later groups.
+        """
+        for flat in self._optimizer.single_partition_of_fp32_groups:
+            moments = {moment: torch.zeros_like(flat) for moment in MOMENTS}
+            self._optimizer.optimizer.state[flat] = {"step": torch.zeros((), device=flat.device), **moments}
+        self._optimizer._lazy_init_hp_params_optimizer_state()
+
+
+@contextlib.contextmanager
+def quiet_deepspeed() -> Iterator[None]:
+    """Keep DeepSpeed's banner, warnings and info lines out of the user's sight; its errors still show."""
+    os.environ.setdefault("DS_LOG_LEVEL", "error")
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+        yield
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+
+
+def versions() -> dict[str, str]:
+    """What the numbers of a run depend on besides the project."""
+    import deepspeed
+
+    return {"torch": torch.__version__, "deepspeed": deepspeed.__version__}

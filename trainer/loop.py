@@ -1,0 +1,178 @@
+"""The training loop: one global batch a step, on however many ranks and micro batches.
+
+A step's loss is the sum over the real tokens of the global batch divided by their number, which every rank knows beforehand
+from the data order; so micro batches and ranks simply add up.
+"""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from modeling.some import KeyStore, update_key_stores
+from modeling.some.keys import key_store_hashes
+from trainer.checkpoint import RunState, save_checkpoint
+from trainer.config import Experiment
+from trainer.console import Console
+from trainer.data import Batch, Dataset, TrainOrder, micro_batches
+from trainer.distributed import Layout
+from trainer.engine import Engine, StepResult
+from trainer.evaluate import evaluate
+from trainer.metrics import RunLog, accumulate_statistics
+from trainer.schedule import learning_rate
+
+
+@dataclass
+class Trainer:
+    """One run in progress.
+
+    `state` moves with every step; `log` is None on every rank but 0.
+    """
+
+    experiment: Experiment
+    layout: Layout
+    engine: Engine
+    dataset: Dataset
+    order: TrainOrder
+    state: RunState
+    output_dir: Path
+    log: RunLog | None
+    console: Console
+
+    @property
+    def stores(self) -> list[KeyStore]:
+        """The key store of every SoME layer."""
+        return [layer.store for layer in self.engine.model.some_layers]
+
+    def run(self, stop: int) -> None:
+        """Train up to step `stop`, evaluating and saving on the way and at the end."""
+        train, checkpoint = self.experiment.train, self.experiment.checkpoint
+        self._record(
+            "start",
+            step=self.state.step,
+            total_steps=self.state.total_steps,
+            world_size=dist.get_world_size(),
+            ep_size=self.layout.ep_size,
+            micro_batch=self.layout.micro_batch,
+            accumulation=self.layout.accumulation,
+            precision=self.state.precision,
+        )
+        self.console.begin(self.state.step, stop)
+        if self.state.step == 0:
+            self._evaluate()
+        while self.state.step < stop:
+            self._step()
+            step, is_last = self.state.step, self.state.step == stop
+            if step % self.experiment.parallel.check_every == 0 or is_last:
+                check_key_stores(self.stores, step)
+            if step % train.eval_every == 0 or is_last:
+                self._evaluate()
+            if step % checkpoint.every == 0 or is_last:
+                self._save()
+        self.console.end()
+        self._record("end", step=self.state.step, finished=self.state.step >= self.state.total_steps)
+
+    def _step(self) -> None:
+        """One optimizer step, and the key stores' step after it."""
+        began = time.perf_counter()
+        step, train = self.state.step, self.experiment.train
+        sequence_ids = self.order.sequence_ids(step)
+        tokens = int(self.dataset.train.lengths[sequence_ids].sum())
+        rate = learning_rate(step, self.state.total_steps, train)
+
+        loss, result, statistics = torch.zeros((), device=self.engine.device), None, [None] * len(self.stores)
+        batches = micro_batches(
+            self.dataset.train, sequence_ids, dist.get_rank(), dist.get_world_size(), self.layout.micro_batch
+        )
+        for batch in batches:
+            micro_loss, routing = self._forward_backward(batch, tokens)
+            loss += micro_loss
+            statistics = accumulate_statistics(statistics, routing, self.stores)
+            result = self.engine.end_micro_batch(rate)
+        assert result is not None, "the last micro batch of a step is its accumulation boundary"
+        if result.applied:
+            update_key_stores(self.stores, statistics, dist.group.WORLD)
+
+        dist.all_reduce(loss)
+        self.state.step += 1
+        self.state.tokens += tokens
+        self.state.skipped += not result.applied
+        self._report_step(float(loss), result, rate, tokens, time.perf_counter() - began)
+
+    def _forward_backward(self, batch: Batch, tokens: int) -> tuple[torch.Tensor, list]:
+        """This micro batch's share of the step's loss, and its routing."""
+        device = self.engine.device
+        out = self.engine.forward(
+            batch.input_ids_BS.to(device), batch.attention_mask_BS.to(device), targets_BS=batch.targets_BS.to(device)
+        )
+        loss = out.losses_T.sum() / tokens
+        self.engine.backward(loss)
+        return loss.detach(), out.routing
+
+    def _report_step(self, loss: float, result: StepResult, rate: float, tokens: int, seconds: float) -> None:
+        step, rate_of_tokens = self.state.step, tokens / seconds
+        self.console.step(step, loss, rate_of_tokens)
+        if not result.applied:
+            self.console.say(f"step {step}: gradients are not finite; the step and its key update are skipped")
+        if step % self.experiment.log.every == 0:
+            self._record(
+                "train",
+                step=step,
+                epoch=step / self.order.steps_per_epoch,
+                loss=loss,
+                lr=rate,
+                grad_norm=result.grad_norm,
+                tokens=self.state.tokens,
+                tokens_per_second=rate_of_tokens,
+                seconds=seconds,
+                skipped=self.state.skipped,
+            )
+
+    def _evaluate(self) -> None:
+        began = time.perf_counter()
+        measured = evaluate(self.engine.model, self.dataset.validation, self.layout.micro_batch, self.engine.device)
+        step, loss = self.state.step, measured["val_loss"]
+        self.state.val_loss = loss
+        if self.state.best is None or loss < self.state.best["val_loss"]:
+            self.state.best = {"step": step, "val_loss": loss}
+        self._record(
+            "eval", step=step, epoch=step / self.order.steps_per_epoch, **measured, seconds=time.perf_counter() - began
+        )
+        experts = [layer["effective_experts"] for layer in measured["layers"]]
+        self.console.say(
+            f"step {step}: validation loss {loss:.4f} nats/token (ppl {measured['val_ppl']:,.2f}, "
+            f"{measured['bits_per_byte']:.3f} bits/byte); effective experts {min(experts):.1f} to {max(experts):.1f}"
+        )
+
+    def _save(self) -> None:
+        """Every rank gathers the core; rank 0 writes; nobody goes on before it is written."""
+        began = time.perf_counter()
+        core = self.engine.core_state()
+        if dist.get_rank() == 0:
+            folder = save_checkpoint(self.output_dir, self.state, core, self.stores, self.experiment.checkpoint.keep)
+            self._record("checkpoint", step=self.state.step, path=folder.name, seconds=time.perf_counter() - began)
+        dist.barrier()
+
+    def _record(self, event: str, **values) -> None:
+        if self.log is not None:
+            self.log.write(event, **values)
+
+
+def check_key_stores(stores: list[KeyStore], step: int) -> None:
+    """Compare the exact bytes of every key store over all ranks.
+
+    Raises:
+        RuntimeError: on every rank, naming the layers that differ.
+    """
+    hashes_L = key_store_hashes(stores)
+    extremes_2L = torch.cat([hashes_L, -hashes_L])
+    dist.all_reduce(extremes_2L, op=dist.ReduceOp.MAX)
+    largest_L, smallest_L = extremes_2L.chunk(2)
+    differing = (largest_L != -smallest_L).nonzero().flatten().tolist()
+    if differing:
+        raise RuntimeError(
+            f"step {step}: the key stores of layers {differing} differ between ranks, so tokens would be routed differently; "
+            f"resume from the last checkpoint, and check for faulty memory or mixed library versions"
+        )

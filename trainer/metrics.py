@@ -1,0 +1,161 @@
+"""What a run measures of itself, and where it writes it.
+
+Shapes: E experts, K experts a token, L SoME layers, P ranks that share a pool.
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from modeling.some import KeyStatistics, KeyStore, Routing
+
+
+def gini(usage_E: torch.Tensor) -> float:
+    """Inequality of usage, 0 (even) to 1 - K/E (K experts take all); specs section 4. 0 if nothing was used."""
+    total = usage_E.sum()
+    if total == 0:
+        return 0.0
+    ranked_E = usage_E.double().sort().values
+    E = len(ranked_E)
+    weights_E = 2 * torch.arange(1, E + 1, device=usage_E.device) - E - 1
+    return float((weights_E * ranked_E).sum() / (E * total))
+
+
+def entropy_bits(usage_E: torch.Tensor) -> float:
+    """Entropy of usage in bits, log2 K to log2 E; 2 to this power is the effective number of experts."""
+    share_E = usage_E.double() / usage_E.sum().clamp(min=1)
+    share_E = share_E[share_E > 0]
+    return float(-(share_E * share_E.log2()).sum()) + 0.0
+
+
+class RoutingMeter:
+    """Collects how each layer routes real tokens over an evaluation, on all ranks."""
+
+    def __init__(self, stores: list[KeyStore]):
+        self.stores = stores
+        self._statistics: list[KeyStatistics | None] = [None] * len(stores)
+        self._squares_L2 = torch.zeros(len(stores), 2, dtype=torch.float64, device=stores[0].keys.device)
+
+    def add(self, routing: list[Routing]) -> None:
+        """Count one batch."""
+        self._statistics = accumulate_statistics(self._statistics, routing, self.stores)
+        squares = [torch.stack([r.output_square_sum, r.residual_square_sum]) for r in routing]
+        self._squares_L2 += torch.stack(squares).double()
+
+    def result(self, ranks_of_experts: list[torch.Tensor]) -> list[dict[str, float]]:
+        """One record a layer, from the sums over all ranks; a collective.
+
+        Args:
+            ranks_of_experts: per layer (E,) int64, the rank of the group that serves each expert.
+        """
+        counts = torch.stack([s.counts_EK.sum(1) for s in self._statistics]).long()
+        pairs = torch.stack([s.pairs_EE for s in self._statistics]).long()
+        dist.all_reduce(counts)
+        dist.all_reduce(pairs)
+        dist.all_reduce(self._squares_L2)
+        return [
+            self._layer(layer, counts[layer], pairs[layer], ranks_of_experts[layer]) for layer in range(len(self.stores))
+        ]
+
+    def _layer(
+        self, layer: int, counts_E: torch.Tensor, pairs_EE: torch.Tensor, rank_of_E: torch.Tensor
+    ) -> dict[str, float]:
+        store, (E, K) = self.stores[layer], self._statistics[layer].counts_EK.shape
+        load_P = torch.zeros(int(rank_of_E.max()) + 1, dtype=torch.int64).index_add_(0, rank_of_E.cpu(), counts_E.cpu())
+        unit_ED = F.normalize(store.keys, dim=-1)
+        pair_total = int(pairs_EE.sum())
+        output, residual = self._squares_L2[layer].tolist()
+        bound = 1 - K / E
+        raw_gini, entropy = gini(counts_E), entropy_bits(counts_E)
+        return {
+            "layer": layer,
+            "gini": raw_gini,
+            "gini_of_bound": raw_gini / bound if bound else 0.0,
+            "entropy_bits": entropy,
+            "effective_experts": 2**entropy,
+            "experts_used": int((counts_E > 0).sum()),
+            "load_max_over_mean": float(load_P.max() / load_P.double().mean().clamp(min=1e-9)),
+            "output_over_residual": math.sqrt(output / residual) if residual else 0.0,
+            "coselected_cosine": float((pairs_EE * (unit_ED @ unit_ED.T)).sum() / pair_total) if pair_total else 0.0,
+            "respawns": 0,
+        }
+
+
+def accumulate_statistics(
+    sums: list[KeyStatistics | None], routing: list[Routing], stores: list[KeyStore]
+) -> list[KeyStatistics]:
+    """Add one batch's routing to the sums of each layer; None starts a sum."""
+    added = []
+    for total, record, store in zip(sums, routing, stores, strict=True):
+        new = KeyStatistics.of(len(store.keys), record.queries_TD, record.expert_ids_TK, record.gates_TK)
+        added.append(new if total is None else total.add_(new))
+    return added
+
+
+class RunLog:
+    """Appends one JSON object a line to `metrics.jsonl` and mirrors numbers to TensorBoard; rank 0 only.
+
+    On resume, records after the resumed step are dropped, so that every step appears once.
+    """
+
+    def __init__(self, output_dir: Path, resumed_step: int, tensorboard: bool):
+        output_dir.mkdir(parents=True, exist_ok=True)
+        self._path = output_dir / "metrics.jsonl"
+        if self._path.exists():
+            self._drop_after(resumed_step)
+        self._file = open(self._path, "a", encoding="utf-8", buffering=1)
+        self._board = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(output_dir / "tensorboard"), purge_step=resumed_step or None)
+
+    def _drop_after(self, step: int) -> None:
+        kept = []
+        for line in self._path.read_text(encoding="utf-8").splitlines(keepends=True):
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                continue  # a line cut short by a crash belongs to a step that is run again
+            if record.get("step", 0) <= step and record["event"] != "end":
+                kept.append(line)
+        temporary = self._path.with_suffix(".tmp")
+        temporary.write_text("".join(kept), encoding="utf-8")
+        temporary.replace(self._path)
+
+    def write(self, event: str, **values: Any) -> None:
+        """One record; floats that JSON cannot hold are written as null."""
+        clean = {key: _finite(value) for key, value in values.items()}
+        self._file.write(json.dumps({"event": event, **clean}) + "\n")
+        if self._board is not None and "step" in values:
+            self._mirror(event, values)
+
+    def _mirror(self, event: str, values: dict[str, Any]) -> None:
+        step = values["step"]
+        for key, value in values.items():
+            if key != "step" and isinstance(value, int | float) and event in ("train", "eval"):
+                self._board.add_scalar(f"{event}/{key}", value, step)
+        layers = values.get("layers") or [{}]
+        # Smallest, mean and largest over layers: the number of curves does not grow with layers or experts.
+        for key in layers[0].keys() - {"layer"}:
+            over_layers = [layer[key] for layer in layers]
+            for name, value in {
+                "min": min(over_layers), "mean": sum(over_layers) / len(over_layers), "max": max(over_layers)
+            }.items():  # fmt: skip
+                self._board.add_scalar(f"routing/{key}/{name}", value, step)
+        if event == "eval":
+            self._board.flush()
+
+    def close(self) -> None:
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

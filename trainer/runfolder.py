@@ -1,0 +1,55 @@
+"""A run's folder: what identifies the run, and moving an old run out of the way."""
+
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from trainer.checkpoint import write_text_atomically
+from trainer.config import Experiment
+from trainer.distributed import Launch, Layout
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def set_aside(output_dir: Path) -> Path | None:
+    """Rename an existing run's folder to the next free `<name>.N`; nothing is ever deleted."""
+    if not (output_dir / "config.yaml").exists():
+        return None
+    number = 1
+    while output_dir.with_name(f"{output_dir.name}.{number}").exists():
+        number += 1
+    aside = output_dir.with_name(f"{output_dir.name}.{number}")
+    output_dir.rename(aside)
+    return aside
+
+
+def write_config(
+    output_dir: Path, experiment: Experiment, launch: Launch, layout: Layout, ds_config: dict[str, Any], run: dict[str, Any]
+) -> None:
+    """`config.yaml`: the resolved experiment (readable by `--experiment`) and, under `run`, how and with what it was run."""
+    how = {
+        "git_commit": git_commit(),
+        "python": platform.python_version(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu {platform.machine()}",
+        "world_size": launch.world_size,
+        "ep_size": layout.ep_size,
+        "micro_batch": layout.micro_batch,
+        "accumulation": layout.accumulation,
+        "ds_config": ds_config,
+        **run,
+    }
+    text = yaml.safe_dump({**experiment.to_dict(), "run": how}, sort_keys=False)
+    write_text_atomically(output_dir / "config.yaml", text)
+
+
+def git_commit() -> str | None:
+    """The commit of the code, with `-dirty` when it is changed; None outside a repository."""
+    command = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
