@@ -1,6 +1,6 @@
 """The language model, top to bottom: embedding and positions, L blocks of (attention, SoME layer), head.
 
-Shapes: B sequences, S positions, D width, H heads, V vocabulary, T positions with a target.
+Shapes: B sequences, S positions, N = B * S, D width, H heads, V vocabulary, T positions with a target.
 """
 
 import math
@@ -15,6 +15,8 @@ from modeling.config import ModelConfig
 from modeling.seeding import derive_seed
 from modeling.some.layer import SoMELayer
 from modeling.some.router import Routing
+
+NO_TARGET = -100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +103,7 @@ class Transformer(nn.Module):
             input_ids_BS: int64 token ids, padded on the right.
             attention_mask: (B, S) bool or int, non-zero at real tokens; None = all are real.
             temperature: of the gates; None = the config's.
-            targets_BS: int64 next tokens, negative where there is none. The head then runs on positions with a target only.
+            targets_BS: int64 next tokens, -100 where there is none; losses are then returned instead of logits.
 
         Raises:
             ValueError: input longer than `max_seq_len`, or a mask with padding before a real token.
@@ -121,12 +123,13 @@ class Transformer(nn.Module):
             routing.append(record)
         x_BSD = self.final_norm(x_BSD)
 
+        logits_BSV = self.head(x_BSD)
         if targets_BS is None:
-            return ModelOutput(logits=self.head(x_BSD), losses_T=None, routing=routing)
-        has_target_BS = targets_BS >= 0
-        logits_TV = self.head(x_BSD[has_target_BS]).float()
-        losses_T = F.cross_entropy(logits_TV, targets_BS[has_target_BS], reduction="none")
-        return ModelOutput(logits=None, losses_T=losses_T, routing=routing)
+            return ModelOutput(logits=logits_BSV, losses_T=None, routing=routing)
+        losses_N = F.cross_entropy(
+            logits_BSV.flatten(0, 1).float(), targets_BS.flatten(), ignore_index=NO_TARGET, reduction="none"
+        )
+        return ModelOutput(logits=None, losses_T=losses_N[targets_BS.flatten() != NO_TARGET], routing=routing)
 
     @property
     def some_layers(self) -> list[SoMELayer]:

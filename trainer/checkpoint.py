@@ -6,9 +6,9 @@
                               state.json              step, experiment, data and tokenizer hashes, pool manifest, ...
     checkpoints/latest                                name of the newest whole checkpoint, written last
 
-A folder is written under a temporary name, synced and renamed, so a name `step_*` means a whole checkpoint. The frozen pool is
-never saved: its manifest is, and is compared on resume. No generator needs saving: every draw is a function of the seed,
-its purpose and the step.
+A folder is written under a temporary name, synced and renamed, so a name `step_*` means a whole checkpoint. The frozen
+pool is never saved: its manifest is, and is compared on resume. No generator needs saving: every draw is a function of
+the seed, its purpose and the step.
 """
 
 import json

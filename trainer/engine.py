@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from modeling import Transformer
 from trainer.config import TrainConfig
@@ -74,10 +73,11 @@ class Engine:
         return self._engine(*inputs, **keywords)
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Accumulate d(loss)/d(parameters) of one micro batch. The gradient of a step is the *sum* of these over micro batches
-        and ranks: DeepSpeed's averages over both are undone here."""
-        ranks_and_steps = self._engine.dp_world_size
-        self._engine.backward(loss * ranks_and_steps, scale_wrt_gas=False)
+        """Accumulate d(loss)/d(parameters) of one micro batch.
+
+        The gradient of a step is the *sum* of these over micro batches and ranks: DeepSpeed's averages over both are undone.
+        """
+        self._engine.backward(loss * self._engine.dp_world_size, scale_wrt_gas=False)
 
     def end_micro_batch(self, learning_rate: float) -> StepResult | None:
         """After every backward; at the last one of a step, take it and say how it went."""

@@ -16,8 +16,8 @@ def evaluate(model: Transformer, sequences: Sequences, micro_batch: int, device:
     """Losses on the validation split and how its tokens were routed; a collective, the same result on every rank.
 
     Returns:
-        `val_loss` nats per real token, `val_ppl` its exponential, `nats_per_story`, `bits_per_byte` (of the text's UTF-8), and
-        `layers`, one record a SoME layer.
+        `val_loss` nats per real token, `val_ppl` its exponential, `nats_per_story`, `bits_per_byte` (of the text's UTF-8),
+        and `layers`, one record a SoME layer.
     """
     stores = [layer.store for layer in model.some_layers]
     meter = RoutingMeter(stores)

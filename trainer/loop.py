@@ -173,6 +173,6 @@ def check_key_stores(stores: list[KeyStore], step: int) -> None:
     differing = (largest_L != -smallest_L).nonzero().flatten().tolist()
     if differing:
         raise RuntimeError(
-            f"step {step}: the key stores of layers {differing} differ between ranks, so tokens would be routed differently; "
-            f"resume from the last checkpoint, and check for faulty memory or mixed library versions"
+            f"step {step}: the key stores of layers {differing} differ between ranks, which would route tokens differently; "
+            "resume from the last checkpoint, and check for faulty memory or mixed library versions"
         )

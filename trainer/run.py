@@ -249,7 +249,7 @@ def print_experiments() -> None:
         some = experiment.model.some
         print(
             f"{name:12} {counts.total:>15,} parameters {counts.trainable:>12,} trained   "
-            f"{experiment.model.num_layers} layers, {some.num_experts} experts, top {some.top_k}, data {experiment.data.name}"
+            f"{experiment.model.num_layers} layers, {some.num_experts} experts, top {some.top_k}, {experiment.data.name}"
         )
 
 

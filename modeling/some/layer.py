@@ -73,7 +73,9 @@ class SoMELayer(nn.Module):
         x_TD = x_BSD[real_BS].reshape(-1, x_BSD.shape[-1])
         residual_TD = x_TD if residual_BSD is None else residual_BSD[real_BS].reshape(x_TD.shape)
 
-        queries_TD = self.query(x_TD)
+        # On padding too, then dropped: so the shapes of the products repeat from batch to batch and kernels that are
+        # compiled for a shape are reused.
+        queries_TD = self.query(x_BSD)[real_BS].reshape(x_TD.shape)
         gates_TK, expert_ids_TK = route(queries_TD, self.store.keys, self.config.top_k, self._temperature(temperature))
         y_TD = self.exchange(x_TD, gates_TK, expert_ids_TK, self.pool)
 

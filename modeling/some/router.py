@@ -37,9 +37,9 @@ class QueryNetwork(nn.Sequential):
         mlp = [nn.Linear(D, H), nn.GELU(), nn.Linear(H, D)]
         super().__init__(*(linear if config.router == "linear" else mlp))
 
-    def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
-        """(T, D) any floating dtype to fp32 rows of norm 1."""
-        return F.normalize(super().forward(x_TD).float(), dim=-1, eps=1e-12)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., D) any floating dtype to fp32 rows of norm 1."""
+        return F.normalize(super().forward(x).float(), dim=-1, eps=1e-12)
 
 
 def route(

@@ -1,6 +1,6 @@
 """Batches of similar length: the order of a run, and the micro batches of each rank.
 
-Shape suffixes: B sequences of one batch, S positions (targets of the longest sequence in that batch).
+Shape suffixes: B sequences of one batch, S positions (the longest of them, rounded up to a multiple of 16).
 """
 
 import hashlib
@@ -15,6 +15,8 @@ from trainer.data.tokenizer import PAD_ID
 
 IGNORE = -100  # target value that the loss skips
 WINDOW_BATCHES = 32  # sort within this many batches: similar lengths, but still a different mix every epoch
+
+S_MULTIPLE = 16  # few distinct shapes: kernels compiled for a shape, as oneDNN's in bf16, are then reused
 
 
 @dataclass
@@ -107,12 +109,17 @@ def _deal(sequences: Sequences, ids: np.ndarray, rank: int, world_size: int, mic
     ordered = ids[np.argsort(-sequences.lengths[ids], kind="stable")]
     per_round = world_size * micro_batch_size
     for start in range(0, len(ordered), per_round):
-        yield _collate([sequences[i] for i in ordered[start : start + per_round][rank::world_size]])
+        rows = [sequences[i] for i in ordered[start : start + per_round][rank::world_size]]
+        yield _collate(rows, longest=int(sequences.lengths.max()))
 
 
-def _collate(rows: list[np.ndarray]) -> Batch:
-    """Rows of ids [n_i] to a batch with B = len(rows) and S = max(n_i) - 1; [1, 1] and all masked without rows."""
-    shape_BS = (max(len(rows), 1), max((len(row) - 1 for row in rows), default=1))
+def _collate(rows: list[np.ndarray], longest: int) -> Batch:
+    """Rows of ids [n_i] to a batch with B = len(rows); [1, 1] and all masked without rows.
+
+    S is max(n_i) - 1 rounded up to a multiple of S_MULTIPLE, but not beyond `longest`, the longest of all sequences.
+    """
+    width = max((len(row) - 1 for row in rows), default=1)
+    shape_BS = (max(len(rows), 1), max(width, min(-(-width // S_MULTIPLE) * S_MULTIPLE, longest)) if rows else 1)
     input_ids_BS = torch.full(shape_BS, PAD_ID, dtype=torch.int64)
     targets_BS = torch.full(shape_BS, IGNORE, dtype=torch.int64)
     attention_mask_BS = torch.zeros(shape_BS, dtype=torch.bool)

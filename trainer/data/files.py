@@ -40,9 +40,7 @@ def list_files(path: Path) -> list[Path]:
             with file.open("rb") as handle:
                 empty = not handle.read(1)
         except OSError as error:
-            raise ValueError(
-                f"{file}: cannot be read ({error.strerror}): change its permissions or data.path"
-            ) from error
+            raise ValueError(f"{file}: cannot be read ({error.strerror}): change its permissions or data.path") from error
         if empty:
             raise ValueError(f"{file}: is empty (0 bytes): remove it or set data.path to a file with text")
     return files
@@ -138,9 +136,7 @@ def _read_jsonl(file: Path, text_field: str) -> Iterator[str]:
                     f"{where}: not JSON ({error.msg} at column {error.colno}): write one JSON object a line"
                 ) from None
             if not isinstance(record, dict):
-                raise ValueError(
-                    f"{where}: a JSON {type(record).__name__}, not an object: write one JSON object a line"
-                )
+                raise ValueError(f"{where}: a JSON {type(record).__name__}, not an object: write one JSON object a line")
             if text_field not in record:
                 raise ValueError(
                     f"{where}: no field {text_field!r} among {sorted(record)[:8]}: set data.text_field to one of them"
@@ -153,9 +149,7 @@ def _read_parquet(file: Path, text_field: str) -> Iterator[str]:
         with pyarrow.parquet.ParquetFile(file) as table:
             names = table.schema_arrow.names
             if text_field not in names:
-                raise ValueError(
-                    f"{file}: no column {text_field!r} among {names[:8]}: set data.text_field to one of them"
-                )
+                raise ValueError(f"{file}: no column {text_field!r} among {names[:8]}: set data.text_field to one of them")
             row = 0
             for batch in table.iter_batches(batch_size=1024, columns=[text_field]):
                 for value in batch.column(0).to_pylist():

@@ -82,9 +82,7 @@ def draw_cast(rng: random.Random) -> Cast:
     """A hero and a friend of different names (two children or two animals), a grown-up, a place and a time."""
     if rng.random() < 0.3:
         kinds, names = rng.sample(words.ANIMALS, 2), rng.sample(words.ANIMAL_NAMES, 2)
-        hero, friend = (
-            _who(name, f"little {kind}", rng.random() < 0.5) for name, kind in zip(names, kinds, strict=True)
-        )
+        hero, friend = (_who(name, f"little {kind}", rng.random() < 0.5) for name, kind in zip(names, kinds, strict=True))
     else:
         hero = friend = _child(rng)
         while friend.name == hero.name:

@@ -15,9 +15,7 @@ def scared(c: Cast) -> list[str]:
         f"did not like {fear} at all.",
     )
     meet = (
-        f"{c.time}, {h.name} was with {name}. "
-        if helper is c.elder
-        else f"{c.time}, {h.name} met {h.their} friend {name}. "
+        f"{c.time}, {h.name} was with {name}. " if helper is c.elder else f"{c.time}, {h.name} met {h.their} friend {name}. "
     )
     react = c.pick(
         f"{when}, {h.name} closed {h.their} eyes and wanted to run away.",

@@ -32,16 +32,11 @@ def lost(c: Cast) -> list[str]:
         f"First they looked {wrong}. No {noun}! Next they looked {right}.",
         f"{h.name} looked {wrong} and found nothing. {f.name} looked {right}.",
     )
-    found = c.pick(
-        f"There was the {full}!", f"And there it was, the {full}!", f'"Look! Here is the {noun}!" said {f.name}.'
-    )
+    found = c.pick(f"There was the {full}!", f"And there it was, the {full}!", f'"Look! Here is the {noun}!" said {f.name}.')
     end = c.pick(
-        f'{h.name} hugged the {noun} and said, "Thank you, {f.name}!" '
-        f"From then on, {h.they} always put it in a safe place.",
-        f"{h.name} was so happy that {h.they} gave {f.name} a big hug. "
-        f"They played with the {noun} until the sun went down.",
-        f'"You are a good friend," said {h.name}. {cap(h.they)} let {f.name} play with the {noun}, '
-        "and they both laughed.",
+        f'{h.name} hugged the {noun} and said, "Thank you, {f.name}!" From then on, {h.they} always put it in a safe place.',
+        f"{h.name} was so happy that {h.they} gave {f.name} a big hug. They played with the {noun} until the sun went down.",
+        f'"You are a good friend," said {h.name}. {cap(h.they)} let {f.name} play with the {noun}, and they both laughed.',
         f"{h.name} smiled and held the {noun} tight. {cap(h.they)} learned that it is good to ask for help.",
     )
     return [begin, f"{problem} {sad} {friend} {offer} said {f.name}. {search} {found}", end]
@@ -64,8 +59,7 @@ def stuck(c: Cast) -> list[str]:
         f"{h.name} shook and pushed, but the {noun} did not come down.",
     )
     ask = c.pick(
-        f'Then {h.their} friend {f.name} came by. "What is wrong?" asked {f.name}. "My {noun} is stuck," '
-        f"said {h.name}.",
+        f'Then {h.their} friend {f.name} came by. "What is wrong?" asked {f.name}. "My {noun} is stuck," said {h.name}.',
         f'{h.name} saw {f.name}, a {f.kind} who lived near by. "Can you help me, please?" asked {h.name}.',
     )
     idea = c.pick(
@@ -211,8 +205,7 @@ def newcomer(c: Cast) -> list[str]:
     )
     fun = c.pick(
         f"Soon {f.name} was laughing and running with {h.name}.",
-        f"At first {f.name} was quiet. Then {f.they} told a joke, and {h.name} laughed so hard that "
-        f"{h.they} fell over.",
+        f"At first {f.name} was quiet. Then {f.they} told a joke, and {h.name} laughed so hard that {h.they} fell over.",
         f"{f.name} knew a lot of games, and {h.name} liked every one of them.",
     )
     end = c.pick(

@@ -54,9 +54,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise ValueError(f"{path} is not a readable tokenizer ({first_line}): delete it to have it rebuilt") from error
     ids = [tokenizer.token_to_id(token) for token in SPECIAL_TOKENS]
     if ids != [PAD_ID, EOS_ID]:
-        raise ValueError(
-            f"{path} has ids {ids} for {SPECIAL_TOKENS}, not [0, 1]: use a tokenizer trained by this project"
-        )
+        raise ValueError(f"{path} has ids {ids} for {SPECIAL_TOKENS}, not [0, 1]: use a tokenizer trained by this project")
     return _finish(tokenizer)
 
 

@@ -62,7 +62,9 @@ def check_deal(sequences, ids, world, micro, per_rank):
             assert len(rows) <= micro
             assert batch.num_tokens == sum(len(targets) for _, targets in rows)
             if rows:
-                assert batch.input_ids_BS.shape == (len(rows), max(len(inputs) for inputs, _ in rows))
+                longest = max(len(inputs) for inputs, _ in rows)
+                width = min(-(-longest // 16) * 16, int(sequences.lengths.max()))
+                assert batch.input_ids_BS.shape == (len(rows), width)
             else:
                 assert batch.input_ids_BS.shape == (1, 1)
     assert seen == expected(sequences, ids)

@@ -110,17 +110,13 @@ def test_pool_splits_by_content(tmp_path):
     rng.shuffle(texts)
     write_jsonl(tmp_path / "one.jsonl", texts + ["another one"])
     assert validation <= set(load_documents(config, 1).validation), "the side of a text must depend on nothing else"
-    limited = load_documents(
-        text_config(tmp_path / "one.jsonl", val_fraction=0.2, train_documents=9, val_documents=4), 0
-    )
+    limited = load_documents(text_config(tmp_path / "one.jsonl", val_fraction=0.2, train_documents=9, val_documents=4), 0)
     assert (len(limited.train), len(limited.validation)) == (9, 4)
 
 
 def test_pool_without_validation(tmp_path):
     write_jsonl(tmp_path / "one.jsonl", ["only"])
-    fails(
-        r"no (train|validation) documents: change data\.val_fraction", text_config(tmp_path / "one.jsonl"), check=False
-    )
+    fails(r"no (train|validation) documents: change data\.val_fraction", text_config(tmp_path / "one.jsonl"), check=False)
 
 
 def test_overlap(tmp_path):
