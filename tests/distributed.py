@@ -3,6 +3,7 @@
 import io
 import os
 import socket
+import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -11,6 +12,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+SECONDS = 120
 
 
 def free_port() -> int:
@@ -21,46 +24,48 @@ def free_port() -> int:
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any) -> list[Any]:
-    """`function(rank, *arguments)` on every rank of a gloo world; the ranks' results in order.
+    """`function(rank, *arguments)` on every rank of a gloo world; the ranks' results (tensors and plain values) in order.
 
-    A rank that fails, or a world that does not end within two minutes, fails the test with the rank's traceback.
+    A rank that fails, or does not answer within two minutes, fails the test with what it said.
     """
-    context = mp.get_context("spawn")
-    results = context.SimpleQueue()
-    port = free_port()
-    processes = [
-        context.Process(target=_rank, args=(function, rank, world_size, port, results, arguments), daemon=True)
-        for rank in range(world_size)
-    ]
-    for process in processes:
+    context, port = mp.get_context("spawn"), free_port()
+    answers, processes = [], []
+    for rank in range(world_size):
+        ours, theirs = context.Pipe(duplex=False)
+        process = context.Process(target=_rank, args=(function, rank, world_size, port, theirs, arguments), daemon=True)
         process.start()
-    for process in processes:
-        process.join(120)
-    hung = [rank for rank, process in enumerate(processes) if process.is_alive()]
-    for process in processes:
-        process.kill()
-    gathered = {}
-    while not results.empty():
-        rank, value, error = results.get()
-        assert error is None, f"rank {rank} failed:\n{error}"
-        gathered[rank] = torch.load(io.BytesIO(value), weights_only=True)
-    assert not hung, f"ranks {hung} did not end"
-    assert len(gathered) == world_size, f"only ranks {sorted(gathered)} answered"
-    return [gathered[rank] for rank in range(world_size)]
+        theirs.close()
+        answers.append(ours)
+        processes.append(process)
+    try:
+        deadline, results, failures = time.monotonic() + SECONDS, [], []
+        for rank, answer in enumerate(answers):
+            try:
+                assert answer.poll(max(0, deadline - time.monotonic())), f"rank {rank} did not answer"
+                value, error = answer.recv()
+            except EOFError:
+                value, error = None, "ended without an answer"
+            failures += [f"rank {rank}: {error}"] if error else []
+            results.append(value)
+        assert not failures, "\n".join(failures)
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+    return [torch.load(io.BytesIO(value), weights_only=True) for value in results]
 
 
-def _rank(function, rank, world_size, port, results, arguments):
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def _rank(function, rank, world_size, port, answer, arguments):
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": str(rank)}
     torch.set_num_threads(1)
     try:
-        dist.init_process_group("gloo", rank=rank, world_size=world_size, timeout=timedelta(seconds=60))
+        dist.init_process_group("gloo", rank=rank, world_size=world_size, timeout=timedelta(seconds=SECONDS))
         value = function(rank, *arguments)
-        # As bytes: a tensor put into a queue lives in memory that its rank frees when it ends.
+        dist.barrier()
+        # As bytes: a tensor sent as such lives in memory that its rank frees when it ends.
         saved = io.BytesIO()
         torch.save(value, saved)
-        results.put((rank, saved.getvalue(), None))
-        dist.barrier()
-        dist.destroy_process_group()
+        answer.send((saved.getvalue(), None))
     except BaseException:
-        results.put((rank, None, traceback.format_exc()))
+        answer.send((None, traceback.format_exc()))
         raise

@@ -112,7 +112,7 @@ class CheckpointConfig:
     """When checkpoints are written, and how many are kept."""
 
     every: int = 500
-    """Steps between checkpoints; there is always one at the end."""
+    """Steps between checkpoints; there is always one at the end and at every new best evaluation."""
     keep: int = 2
     """How many of the newest are kept; the best by validation loss is kept besides."""
 
@@ -227,6 +227,7 @@ def _read_experiment(name: str, seen: tuple[str, ...] = ()) -> dict:
         raise ValueError(f"--experiment {name}: is not valid YAML ({reason}); mend the file") from None
     if not isinstance(values, dict):
         raise ValueError(f"--experiment {name}: holds {type(values).__name__}, not keys and values; see trainer/experiments")
+    values.pop("run", None)  # a run's config.yaml is an experiment too; how it was run is not part of it
     base = values.pop("base", None)
     if base is None:
         return values

@@ -113,8 +113,9 @@ def choose_device(launch: Launch) -> torch.device:
     if torch.cuda.is_available():
         torch.cuda.set_device(launch.local_rank)
         return torch.device("cuda", launch.local_rank)
-    if "OMP_NUM_THREADS" not in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
-        # torchrun sets one thread a rank whatever the machine has; share the cores instead.
+    threads = os.environ.get("OMP_NUM_THREADS")
+    # torchrun sets one thread a rank whatever the machine has; share the cores instead.
+    if threads is None or (threads == "1" and "TORCHELASTIC_RUN_ID" in os.environ):
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // launch.local_world_size))
     return torch.device("cpu")
 
@@ -129,7 +130,7 @@ def init_process_group(launch: Launch, device: torch.device, timeout_minutes: fl
     )
 
 
-def expert_parallel_group(ep_size: int) -> dist.ProcessGroup | None:
+def expert_parallel_group(ep_size: int, timeout_minutes: float) -> dist.ProcessGroup | None:
     """The group of `ep_size` consecutive ranks that this rank belongs to; None when every rank holds the whole pool.
 
     Every rank creates every group, in the same order.
@@ -139,7 +140,7 @@ def expert_parallel_group(ep_size: int) -> dist.ProcessGroup | None:
     mine = None
     for first in range(0, dist.get_world_size(), ep_size):
         ranks = list(range(first, first + ep_size))
-        group = dist.new_group(ranks)
+        group = dist.new_group(ranks, timeout=timedelta(minutes=timeout_minutes))
         if dist.get_rank() in ranks:
             mine = group
     return mine

@@ -8,7 +8,6 @@ import contextlib
 import io
 import logging
 import math
-import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -51,9 +50,7 @@ class Engine:
     """
 
     def __init__(self, model: Transformer, train: TrainConfig, ds_config: dict[str, Any], show_log: bool = False):
-        with contextlib.nullcontext() if show_log else quiet_deepspeed():
-            import deepspeed
-
+        with _deepspeed(show_log) as deepspeed:
             optimizer = torch.optim.AdamW(
                 parameter_groups(model, train),
                 lr=train.learning_rate,
@@ -134,18 +131,18 @@ class Engine:
 
 
 @contextlib.contextmanager
-def quiet_deepspeed() -> Iterator[None]:
-    """Keep DeepSpeed's banner, warnings and info lines out of the user's sight; its errors still show."""
-    os.environ.setdefault("DS_LOG_LEVEL", "error")
+def _deepspeed(show_log: bool) -> Iterator[Any]:
+    """The module, with its banner, warnings and info lines kept out of sight unless asked for; errors always show."""
+    if show_log:
+        import deepspeed
+
+        yield deepspeed
+        return
+    # Deprecations inside torch and DeepSpeed, at every collective: nothing that a user could act on.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        import deepspeed
+
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-        yield
-        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-
-
-def versions() -> dict[str, str]:
-    """What the numbers of a run depend on besides the project."""
-    import deepspeed
-
-    return {"torch": torch.__version__, "deepspeed": deepspeed.__version__}
+        yield deepspeed

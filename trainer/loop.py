@@ -67,9 +67,8 @@ class Trainer:
             step, is_last = self.state.step, self.state.step == stop
             if step % self.experiment.parallel.check_every == 0 or is_last:
                 check_key_stores(self.stores, step)
-            if step % train.eval_every == 0 or is_last:
-                self._evaluate()
-            if step % checkpoint.every == 0 or is_last:
+            is_best = (step % train.eval_every == 0 or is_last) and self._evaluate()
+            if step % checkpoint.every == 0 or is_last or is_best:
                 self._save()
         self.console.end()
         self._record("end", step=self.state.step, finished=self.state.step >= self.state.total_steps)
@@ -130,12 +129,14 @@ class Trainer:
                 skipped=self.state.skipped,
             )
 
-    def _evaluate(self) -> None:
+    def _evaluate(self) -> bool:
+        """Measure on the validation split; whether it is the best so far."""
         began = time.perf_counter()
         measured = evaluate(self.engine.model, self.dataset.validation, self.layout.micro_batch, self.engine.device)
         step, loss = self.state.step, measured["val_loss"]
         self.state.val_loss = loss
-        if self.state.best is None or loss < self.state.best["val_loss"]:
+        is_best = self.state.best is None or loss < self.state.best["val_loss"]
+        if is_best:
             self.state.best = {"step": step, "val_loss": loss}
         self._record(
             "eval", step=step, epoch=step / self.order.steps_per_epoch, **measured, seconds=time.perf_counter() - began
@@ -145,6 +146,7 @@ class Trainer:
             f"step {step}: validation loss {loss:.4f} nats/token (ppl {measured['val_ppl']:,.2f}, "
             f"{measured['bits_per_byte']:.3f} bits/byte); effective experts {min(experts):.1f} to {max(experts):.1f}"
         )
+        return is_best
 
     def _save(self) -> None:
         """Every rank gathers the core; rank 0 writes; nobody goes on before it is written."""

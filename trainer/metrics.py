@@ -82,7 +82,7 @@ class RoutingMeter:
             "load_max_over_mean": float(load_P.max() / load_P.double().mean().clamp(min=1e-9)),
             "output_over_residual": math.sqrt(output / residual) if residual else 0.0,
             "coselected_cosine": float((pairs_EE * (unit_ED @ unit_ED.T)).sum() / pair_total) if pair_total else 0.0,
-            "respawns": 0,
+            "respawns": store.respawns,
         }
 
 
@@ -113,7 +113,9 @@ class RunLog:
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(output_dir / "tensorboard"), purge_step=resumed_step or None)
+            self._board = SummaryWriter(
+                str(output_dir / "tensorboard"), purge_step=resumed_step + 1 if resumed_step else None
+            )
 
     def _drop_after(self, step: int) -> None:
         kept = []

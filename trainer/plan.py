@@ -71,7 +71,7 @@ def describe(experiment: Experiment, layout: Layout, world_size: int, bf16: bool
         f"global batch     {experiment.train.batch_size} sequences = {world_size} rank(s) x {layout.micro_batch} "
         f"x {layout.accumulation} accumulation",
         f"memory a rank    {held / GIB:.2f} GiB: pool {plan.pool / GIB:.2f}, core and optimizer {plan.core / GIB:.2f}, "
-        f"activations up to {plan.activations / GIB:.2f} (estimate at {experiment.model.max_seq_len} tokens a sequence)",
+        f"activations about {plan.activations / GIB:.2f} (micro batch of {experiment.model.max_seq_len} tokens a sequence)",
         f"sent a step      {(plan.exchange_per_step + plan.gradients_per_step + plan.keys_per_step) / 1e6:,.1f} MB a rank: "
         f"token exchange up to {plan.exchange_per_step / 1e6:,.1f}, gradients and parameters "
         f"{plan.gradients_per_step / 1e6:,.1f}, key statistics {plan.keys_per_step / 1e6:,.1f}",

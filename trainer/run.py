@@ -14,13 +14,15 @@ import os
 import signal
 import sys
 import time
-import warnings
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
-# The launchers run this file by path: make the packages beside it importable without an installation, and keep this
-# folder itself from shadowing other modules.
-sys.path[0] = str(Path(__file__).resolve().parent.parent)
+REPOSITORY = Path(__file__).resolve().parent.parent
+if __name__ == "__main__":
+    # The launchers run this file by path: make the packages beside it importable without an installation, and keep this
+    # folder itself from shadowing other modules.
+    sys.path[0] = str(REPOSITORY)
 
 import torch
 import torch.distributed as dist
@@ -30,7 +32,7 @@ from modeling.some import pool_manifest
 from trainer.checkpoint import RunState, check_resumable, find_checkpoint, load_checkpoint, read_state
 from trainer.config import Experiment, experiment_names, load_experiment
 from trainer.console import Console
-from trainer.data import TrainOrder, check_source, open_data, prepare_data
+from trainer.data import Dataset, TrainOrder, check_source, open_data, prepare_data
 from trainer.distributed import (
     Launch,
     Layout,
@@ -65,12 +67,12 @@ def main() -> None:
         refuse(error, launch)
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The flags; everything else is a key of the experiment, changed with --set."""
     parser = argparse.ArgumentParser(prog="trainer/run.py", description="Train a SoME language model.", allow_abbrev=False)
     parser.add_argument(
         "--ds_config",
-        default=str(Path(sys.path[0]) / "ds_configs" / "zero2.json"),
+        default=str(REPOSITORY / "ds_configs" / "zero2.json"),
         metavar="FILE",
         help="DeepSpeed JSON: precision and ZeRO stage (default: ds_configs/zero2.json)",
     )
@@ -87,144 +89,157 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--dry_run", action="store_true", help="print parameters, memory and traffic, and stop")
     parser.add_argument("--list", action="store_true", help="print the shipped experiments, and stop")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
-    return parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+@dataclass
+class Job:
+    """What is decided before the ranks meet."""
+
+    experiment: Experiment
+    launch: Launch
+    layout: Layout
+    ds_config: dict[str, Any]
+    output_dir: Path
+    state: RunState
+    """Step 0 of this experiment; `complete` fills in what only the data can tell."""
+    checkpoint: Path | None
+    """What to resume from; None = step 0."""
+    saved: RunState | None
+    """The state in `checkpoint`."""
+
+    def complete(self, data_folder: Path) -> Dataset:
+        """Open the data, and take from it the length of the run and the identity of the data.
+
+        Raises:
+            ValueError: a training split smaller than one batch, or other data than the checkpoint's.
+        """
+        dataset, train = open_data(data_folder), self.experiment.train
+        order = TrainOrder(dataset.train.lengths, train.batch_size, self.experiment.seed)
+        self.state.total_steps = train.steps or math.ceil(train.epochs * order.steps_per_epoch)
+        self.state.data_fingerprint, self.state.tokenizer_hash = dataset.fingerprint, dataset.tokenizer_hash
+        if self.saved is not None:
+            check_resumable(self.checkpoint, self.saved, self.state)
+        return dataset
 
 
 def run(arguments: argparse.Namespace, launch: Launch) -> None:
     """One run from its flags to its last checkpoint."""
-    experiment = load_experiment(arguments.experiment, arguments.set)
-    layout = Layout.of(experiment, launch)
-    ds_config = load_ds_config(arguments.ds_config, experiment, layout, launch.world_size)
+    job = decide(arguments, launch)
     if arguments.dry_run:
         if launch.rank == 0:
-            print(describe(experiment, layout, launch.world_size, is_bf16(ds_config)))
+            print(describe(job.experiment, job.layout, launch.world_size, is_bf16(job.ds_config)))
         return
-    if arguments.max_steps is not None and arguments.max_steps < 1:
-        raise ValueError(f"--max_steps {arguments.max_steps}: must be at least 1")
-
-    check_source(experiment.data)
-    output_dir = Path(arguments.output_dir or Path("runs") / experiment.name)
-    state = initial_state(experiment, is_bf16(ds_config))
-    checkpoint = find_checkpoint(arguments.resume, output_dir)
-    saved = None if checkpoint is None else read_state(checkpoint)
-    if saved is not None:
-        check_resumable(checkpoint, saved, state)
-        if says_it_is_done(saved, output_dir, arguments.max_steps, launch):
-            return
-
+    check_source(job.experiment.data)
+    if is_done(job, arguments.max_steps):
+        return
     # Rank 0 prepares folder and data while the others wait for it at the rendezvous, so what it refuses is refused here.
-    data_folder = ""
-    if launch.rank == 0:
-        aside = set_aside(output_dir) if checkpoint is None else None
-        if aside is not None:
-            print(f"the earlier run was moved to {aside}", flush=True)
-        output_dir.mkdir(parents=True, exist_ok=True)
-        model = experiment.model
-        data_folder = str(prepare_data(experiment.data, model.vocab_size, model.max_seq_len, experiment.seed))
-        complete_state(state, experiment, data_folder)
-        if saved is not None:
-            check_resumable(checkpoint, saved, state)
+    data_folder = prepare_folder_and_data(job) if launch.rank == 0 else None
 
-    if not experiment.log.deepspeed:
-        warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     device = choose_device(launch)
-    init_process_group(launch, device, experiment.parallel.timeout_minutes)
+    init_process_group(launch, device, job.experiment.parallel.timeout_minutes)
     try:
-        trainer = prepare(
-            experiment, layout, ds_config, device, output_dir, broadcast_text(data_folder), state, saved, checkpoint
-        )
-        if launch.rank == 0:
-            write_config(output_dir, experiment, launch, layout, ds_config, {"data": trainer.dataset.summary})
-        trainer.run(stop=min(arguments.max_steps or state.total_steps, trainer.state.total_steps))
+        trainer = prepare_trainer(job, Path(broadcast_text(str(data_folder))), device)
+        trainer.run(stop=min(arguments.max_steps or job.state.total_steps, job.state.total_steps))
         finish(trainer)
     finally:
         dist.destroy_process_group()
 
 
-def initial_state(experiment: Experiment, bf16: bool) -> RunState:
-    """Step 0; what only the data can tell is filled in by `complete_state`."""
+def decide(arguments: argparse.Namespace, launch: Launch) -> Job:
+    """Read and check everything but the data."""
+    experiment = load_experiment(arguments.experiment, arguments.set)
+    layout = Layout.of(experiment, launch)
+    ds_config = load_ds_config(arguments.ds_config, experiment, layout, launch.world_size)
+    if arguments.max_steps is not None and arguments.max_steps < 1:
+        raise ValueError(f"--max_steps {arguments.max_steps}: must be at least 1")
     model = experiment.model
-    return RunState(
+    state = RunState(
         step=0,
         tokens=0,
         total_steps=0,
-        precision="bf16" if bf16 else "fp32",
+        precision="bf16" if is_bf16(ds_config) else "fp32",
         experiment=experiment.to_dict(),
         pool=pool_manifest(model.some, model.num_layers, experiment.seed),
         data_fingerprint="",
         tokenizer_hash="",
     )
+    output_dir = Path(arguments.output_dir or Path("runs") / experiment.name)
+    checkpoint = find_checkpoint(arguments.resume, output_dir)
+    saved = None if checkpoint is None else read_state(checkpoint)
+    if saved is not None:
+        check_resumable(checkpoint, saved, state)
+    return Job(experiment, launch, layout, ds_config, output_dir, state, checkpoint, saved)
 
 
-def complete_state(state: RunState, experiment: Experiment, data_folder: str) -> None:
-    """Length of the run and identity of the data; the order refuses a training split smaller than one batch."""
-    dataset = open_data(Path(data_folder))
-    order = TrainOrder(dataset.train.lengths, experiment.train.batch_size, experiment.seed)
-    state.total_steps = experiment.train.steps or math.ceil(experiment.train.epochs * order.steps_per_epoch)
-    state.data_fingerprint, state.tokenizer_hash = dataset.fingerprint, dataset.tokenizer_hash
-
-
-def says_it_is_done(saved: RunState, output_dir: Path, max_steps: int | None, launch: Launch) -> bool:
+def is_done(job: Job, max_steps: int | None) -> bool:
     """Whether nothing is left to do; rank 0 says so and how to start anew."""
-    finished = saved.step >= saved.total_steps
-    if not finished and (max_steps is None or saved.step < max_steps):
+    saved = job.saved
+    if saved is None or (saved.step < saved.total_steps and (max_steps is None or saved.step < max_steps)):
         return False
-    if launch.rank == 0:
-        what = "is finished" if finished else f"has reached --max_steps {max_steps}"
+    if job.launch.rank == 0:
+        what = "is finished" if saved.step >= saved.total_steps else f"has reached --max_steps {max_steps}"
         loss = "" if saved.val_loss is None else f" with validation loss {saved.val_loss:.4f} nats/token"
-        print(
-            f"{output_dir} {what} at step {saved.step}{loss}; start anew with --resume never, or give another --output_dir"
-        )
+        cure = "start anew with --resume never, or give another --output_dir"
+        print(f"{job.output_dir} {what} at step {saved.step}{loss}; {cure}")
     return True
 
 
-def prepare(
-    experiment: Experiment,
-    layout: Layout,
-    ds_config: dict,
-    device: torch.device,
-    output_dir: Path,
-    data_folder: str,
-    state: RunState,
-    saved: RunState | None,
-    checkpoint: Path | None,
-) -> Trainer:
+def prepare_folder_and_data(job: Job) -> Path:
+    """The run's folder, and the tokenised data's; rank 0 only."""
+    model = job.experiment.model
+    data_folder = prepare_data(job.experiment.data, model.vocab_size, model.max_seq_len, job.experiment.seed)
+    dataset = job.complete(data_folder)
+    aside = set_aside(job.output_dir) if job.checkpoint is None else None
+    if aside is not None:
+        print(f"the earlier run was moved to {aside}", flush=True)
+    write_config(job.output_dir, job.experiment, job.launch, job.layout, job.ds_config, dataset.summary)
+    return data_folder
+
+
+def prepare_trainer(job: Job, data_folder: Path, device: torch.device) -> Trainer:
     """Model, engine, data and log of this rank, with the checkpoint loaded if there is one."""
-    torch.use_deterministic_algorithms(experiment.train.deterministic, warn_only=True)
-    if experiment.train.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.set_float32_matmul_precision("highest")  # no TF32: routing and key stores are fp32 by contract
-
-    began, is_first = time.perf_counter(), dist.get_rank() == 0
-    complete_state(state, experiment, data_folder)
-    dataset = open_data(Path(data_folder))
-    ep_group = expert_parallel_group(layout.ep_size)
-    pool_dtype = torch.bfloat16 if is_bf16(ds_config) else torch.float32
+    began, is_first, experiment = time.perf_counter(), job.launch.rank == 0, job.experiment
+    set_numerics(experiment.train.deterministic)
+    dataset = job.complete(data_folder)
+    pool_dtype = torch.bfloat16 if is_bf16(job.ds_config) else torch.float32
+    ep_group = expert_parallel_group(job.layout.ep_size, experiment.parallel.timeout_minutes)
     model = build_model(experiment.model, experiment.seed, ep_group, pool_dtype, device)
-    engine = Engine(model, experiment.train, ds_config, show_log=experiment.log.deepspeed)
-    if saved is not None:
-        engine.load_core_state(load_checkpoint(checkpoint, saved, [layer.store for layer in model.some_layers]))
-        state = saved
+    engine = Engine(model, experiment.train, job.ds_config, show_log=experiment.log.deepspeed)
+    state = job.state
+    if job.saved is not None:
+        stores = [layer.store for layer in model.some_layers]
+        engine.load_core_state(load_checkpoint(job.checkpoint, job.saved, stores))
+        state = job.saved
 
-    console = Console(is_first)
-    counts = experiment.model.num_parameters()
+    console, counts = Console(is_first), experiment.model.num_parameters()
     console.say(
         f"{experiment.name}: {counts.total:,} parameters, {counts.trainable:,} trained; {dist.get_world_size()} rank(s), "
-        f"EP size {layout.ep_size}, {state.precision}, {device.type}; ready in {time.perf_counter() - began:.1f} s"
+        f"EP size {job.layout.ep_size}, {state.precision}, {device.type}; ready in {time.perf_counter() - began:.1f} s"
     )
-    console.say(f"data: {dataset.summary}")
-    console.say(f"resumed {checkpoint} at step {state.step}" if saved is not None else "starting at step 0")
+    for split in ("train", "validation"):
+        sizes = ", ".join(f"{value:,} {name}" for name, value in dataset.summary[split].items())
+        console.say(f"{split} data: {sizes}")
+    console.say(f"starting at step {state.step}" + (f" from {job.checkpoint}" if job.saved is not None else ""))
     return Trainer(
         experiment=experiment,
-        layout=layout,
+        layout=job.layout,
         engine=engine,
         dataset=dataset,
         order=TrainOrder(dataset.train.lengths, experiment.train.batch_size, experiment.seed),
         state=state,
-        output_dir=output_dir,
-        log=RunLog(output_dir, state.step, experiment.log.tensorboard) if is_first else None,
+        output_dir=job.output_dir,
+        log=RunLog(job.output_dir, state.step, experiment.log.tensorboard) if is_first else None,
         console=console,
     )
+
+
+def set_numerics(deterministic: bool) -> None:
+    """Full fp32 products (no TF32: routing and key stores are fp32 by contract), and repeatable kernels if asked for."""
+    torch.set_float32_matmul_precision("highest")
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def finish(trainer: Trainer) -> None:

@@ -2,6 +2,7 @@
 
 import platform
 import subprocess
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ def set_aside(output_dir: Path) -> Path | None:
 
 
 def write_config(
-    output_dir: Path, experiment: Experiment, launch: Launch, layout: Layout, ds_config: dict[str, Any], run: dict[str, Any]
+    output_dir: Path, experiment: Experiment, launch: Launch, layout: Layout, ds_config: dict[str, Any], data: dict[str, Any]
 ) -> None:
     """`config.yaml`: the resolved experiment (readable by `--experiment`) and, under `run`, how and with what it was run."""
     how = {
@@ -40,8 +41,11 @@ def write_config(
         "micro_batch": layout.micro_batch,
         "accumulation": layout.accumulation,
         "ds_config": ds_config,
-        **run,
+        "torch": str(torch.__version__),
+        "deepspeed": metadata.version("deepspeed"),
+        "data": data,
     }
+    output_dir.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump({**experiment.to_dict(), "run": how}, sort_keys=False)
     write_text_atomically(output_dir / "config.yaml", text)
 

@@ -84,11 +84,12 @@ class KeyStore(nn.Module):
         usage: (E,) fp32 moving average of the tokens an expert gets per update.
         usage_mass: (E,) fp32 the same of gate weight; for metrics.
         steps: int, updates applied.
+        respawns: int, keys drawn anew since the start; rule v4 has no respawn, so it stays 0.
     """
 
     def __init__(self, num_experts: int, d_model: int, top_k: int, rules: KeyRules, seed: int = 0, layer: int = 0):
         super().__init__()
-        self.top_k, self.rules, self.steps = top_k, rules, 0
+        self.top_k, self.rules, self.steps, self.respawns = top_k, rules, 0, 0
         keys = torch.randn(num_experts, d_model, generator=derive_generator(seed, "keys", layer))
         self.register_buffer("keys", F.normalize(keys, dim=-1))
         self.register_buffer("usage", torch.zeros(num_experts))

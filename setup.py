@@ -1,0 +1,28 @@
+"""Installs the packages `modeling`, `trainer` and `tools`, and the commands `some-train` and `some-bench`."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="some-trainer",
+    version="0.1.0",
+    description="Distributed trainer for Self-Organizing Mixture of Experts language models",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["modeling*", "trainer*", "tools*"]),
+    package_data={"trainer": ["experiments/*.yaml"]},
+    install_requires=[
+        "torch>=2.10",
+        "deepspeed>=0.19.2",  # older versions cast the fp32 key stores to bf16
+        "accelerate>=1.0",
+        "datasets>=3.0",
+        "tokenizers>=0.21",
+        "tensorboard>=2.16",
+        "pyyaml>=6.0",
+        "safetensors>=0.5",
+        "numpy>=1.26",
+        "pyarrow>=15",
+        "tqdm>=4.66",
+    ],
+    extras_require={"dev": ["pytest>=8", "ruff>=0.9"]},
+    entry_points={"console_scripts": ["some-train = trainer.run:main", "some-bench = tools.bench:main"]},
+)

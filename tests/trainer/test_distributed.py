@@ -1,0 +1,67 @@
+"""Launchers' variables, and how a batch and a pool are laid out."""
+
+import pytest
+
+from trainer.config import load_experiment
+from trainer.distributed import Launch, Layout
+
+SRUN = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "5", "SLURM_NTASKS": "7", "SLURM_LOCALID": "1"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, Launch(0, 1, 0, 1)),
+        ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}, Launch(3, 4, 1, 2)),
+        ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_SIZE": "2"}, Launch(1, 2, 1, 2)),  # deepspeed
+        ({**SRUN, "SLURM_STEP_TASKS_PER_NODE": "2(x3),1", "SLURM_NODEID": "2"}, Launch(5, 7, 1, 2)),
+        ({**SRUN, "SLURM_STEP_TASKS_PER_NODE": "2(x3),1", "SLURM_NODEID": "3"}, Launch(5, 7, 1, 1)),
+        ({k: v for k, v in SRUN.items() if k != "SLURM_STEP_ID"}, Launch(0, 1, 0, 1)),  # a batch shell
+    ],
+)
+def test_launch_reads_every_launcher(environment, expected):
+    assert Launch.from_environment(environment) == expected
+
+
+def test_half_an_environment_is_refused():
+    with pytest.raises(ValueError, match="WORLD_SIZE, LOCAL_RANK not set; start with deepspeed, torchrun or srun"):
+        Launch.from_environment({"RANK": "1"})
+
+
+def layout(ranks: int, per_node: int, *settings: str) -> Layout:
+    return Layout.of(load_experiment("quickstart", list(settings)), Launch(0, ranks, 0, per_node))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "per_node", "settings", "expected"),
+    [
+        (1, 1, [], Layout(1, 16, 2)),
+        (2, 2, [], Layout(2, 16, 1)),
+        (8, 4, [], Layout(4, 4, 1)),
+        (6, 3, ["train.batch_size=36"], Layout(1, 6, 1)),  # 3 does not divide 16 experts
+        (12, 6, ["train.batch_size=48"], Layout(2, 4, 1)),
+        (3, 3, ["train.batch_size=42", "train.max_micro_batch=8", "parallel.ep_size=1"], Layout(1, 7, 2)),
+        (1, 1, ["train.max_micro_batch=5"], Layout(1, 4, 8)),
+    ],
+)
+def test_layout(ranks, per_node, settings, expected):
+    ours = layout(ranks, per_node, *settings)
+    assert ours == expected
+
+
+@pytest.mark.parametrize(
+    ("ranks", "settings", "message"),
+    [
+        (3, [], "train.batch_size = 32 does not divide over 3 ranks; nearest that do: 30, 33"),
+        (64, [], "train.batch_size = 32 does not divide over 64 ranks; nearest that do: 64"),
+        (4, ["parallel.ep_size=3"], "parallel.ep_size = 3 does not divide the 4 ranks; sizes that do: 1, 2, 4, or auto"),
+        (
+            6,
+            ["train.batch_size=36", "parallel.ep_size=3"],
+            "parallel.ep_size = 3 does not divide model.some.num_experts = 16",
+        ),
+    ],
+)
+def test_refused_layouts_name_what_would_do(ranks, settings, message):
+    with pytest.raises(ValueError, match=message):
+        layout(ranks, ranks, *settings)

@@ -1,0 +1,96 @@
+"""Experiments: loading, overriding, and what is refused."""
+
+import pytest
+import yaml
+
+from modeling import ModelConfig
+from trainer.config import Experiment, experiment_from_dict, experiment_names, load_experiment
+
+PUBLISHED = {"a4": 701_496_320, "b1": 1_373_568_000, "b2": 2_717_711_360, "b3": 5_405_998_080}
+
+
+def test_every_shipped_experiment_loads():
+    assert set(experiment_names()) == {"quickstart", *PUBLISHED}
+    for name in experiment_names():
+        experiment = load_experiment(name)
+        assert experiment.name == name and isinstance(experiment.model, ModelConfig)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_counts_of_series_b(name):
+    counts = load_experiment(name).model.num_parameters()
+    assert (counts.total, counts.trainable) == (PUBLISHED[name], 29_424_640)
+
+
+def test_base_is_merged_below():
+    a4, b3 = load_experiment("a4"), load_experiment("b3")
+    assert b3.model.some.num_experts == 512 and b3.model.some.d_ffn == a4.model.some.d_ffn
+    assert b3.train == a4.train and b3.data == a4.data
+
+
+def test_overrides_reach_every_level_and_take_yaml_values():
+    settings = [
+        "train.learning_rate=6e-4",
+        "model.some.rules.use_beta=false",
+        "seed=7",
+        "train.steps=null",
+        "data.name=text",
+        "data.path=a b",
+    ]
+    experiment = load_experiment("quickstart", settings)
+    assert experiment.train.learning_rate == 6e-4 and isinstance(experiment.train.learning_rate, float)
+    assert experiment.model.some.rules.use_beta is False
+    assert (experiment.seed, experiment.train.steps, experiment.data.path) == (7, None, "a b")
+
+
+def test_preset_gives_the_values_that_are_not_set():
+    rules = load_experiment("quickstart", ["model.some.rules.alpha=0.5"]).model.some.rules
+    assert (rules.alpha, rules.beta, rules.ema_decay, rules.warmup_steps) == (0.5, 0.005, 0.99, 20)
+
+
+def test_round_trip_through_yaml(tmp_path):
+    experiment = load_experiment("b2", ["model.some.rules.alpha=0.5"])
+    path = tmp_path / "again.yaml"
+    path.write_text(yaml.safe_dump({**experiment.to_dict(), "run": {"world_size": 8}}))
+    assert load_experiment(str(path)) == experiment
+    assert experiment_from_dict({}) == Experiment()
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("quikstart", [], r"--experiment quikstart: unknown; did you mean quickstart\?"),
+        ("zzz", [], "known: a4, b1, b2, b3, quickstart"),
+        ("missing.yaml", [], "missing.yaml: cannot be read"),
+        ("quickstart", ["train.lerning_rate=1"], r"train.lerning_rate: unknown key; did you mean learning_rate\?"),
+        ("quickstart", ["model.some.topk=1"], r"model.some.topk: unknown key; did you mean top_k\?"),
+        ("quickstart", ["modle.d_model=1"], r"modle: unknown key; did you mean model\?"),
+        ("quickstart", ["train.batch_size=many"], "train.batch_size = 'many' is str; expected int"),
+        ("quickstart", ["train.batch_size=1.5"], "train.batch_size = 1.5 is float; expected int"),
+        ("quickstart", ["train.batch_size=true"], "train.batch_size = True is bool; expected int"),
+        ("quickstart", ["train.deterministic=1"], "train.deterministic = 1 is int; expected bool"),
+        ("quickstart", ["train=3"], "train = 3: expected keys and values"),
+        ("quickstart", ["name.x=3"], "name is a value and has no keys below it"),
+        ("quickstart", ["train.batch_size"], "write it as key=value"),
+        ("quickstart", ["train.batch_size=[1"], "not valid YAML"),
+        ("quickstart", ["train.batch_size=0"], "train.batch_size = 0 must be greater than 0"),
+        ("quickstart", ["train.weight_decay_on=some"], "train.weight_decay_on = 'some'"),
+        ("quickstart", ["model.some.top_k=17"], "model.some.top_k = 17 is more than model.some.num_experts = 16"),
+        ("quickstart", ["model.some.rules.preset=v99"], "model.some.rules.preset = 'v99' is unknown; known: v4"),
+        ("quickstart", ["parallel.ep_size=all"], "parallel.ep_size = 'all' must be a number of ranks or auto"),
+        ("quickstart", ["data.name=stories2"], "data.name"),
+    ],
+)
+def test_refusals_are_one_line_with_key_value_and_cure(name, settings, message):
+    with pytest.raises(ValueError, match=message) as refused:
+        load_experiment(name, settings)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("text", ["a: [1", "- 1\n- 2", "just text", "base: quickstart2", "base: 3"])
+def test_bad_files_are_refused(tmp_path, text):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError) as refused:
+        load_experiment(str(path))
+    assert "\n" not in str(refused.value)

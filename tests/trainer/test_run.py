@@ -1,0 +1,194 @@
+"""The command line: refusals before the ranks meet, what a run leaves behind, and every launcher."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.launch import FP32, REPOSITORY, SCRIPT, environment, launch, losses, records, succeed
+from trainer import run
+from trainer.checkpoint import read_state
+from trainer.config import load_experiment
+
+SMALL = [
+    "--ds_config", FP32, "--set", "data.train_documents=200", "--set", "data.val_documents=10",
+    "--set", "train.batch_size=8", "--set", "sample.tokens=5", "--set", "log.tensorboard=false",
+]  # fmt: skip
+
+
+def call(monkeypatch, *arguments: str) -> None:
+    """The command line in this process, where no world may form."""
+    monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
+    monkeypatch.setattr(run, "init_process_group", lambda *a, **k: pytest.fail("a process group formed"))
+    run.main()
+
+
+def files(folder: Path, **texts: str) -> Path:
+    folder.mkdir(exist_ok=True)
+    for name, text in texts.items():
+        (folder / name.replace("_", ".")).write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--experiment", "quikstart"], "did you mean quickstart?"),
+        (["--set", "train.lerning_rate=1"], "train.lerning_rate: unknown key; did you mean learning_rate?"),
+        (["--set", "train.batch_size=many"], "train.batch_size = 'many'"),
+        (["--set", "parallel.ep_size=2"], "parallel.ep_size = 2 does not divide the 1 ranks; sizes that do: 1"),
+        (["--set", "model.some.top_k=17"], "model.some.top_k = 17 is more than model.some.num_experts = 16"),
+        (["--set", "data.name=text", "--set", "data.path={tmp}/none"], "none"),
+        (["--set", "data.name=text", "--set", "data.path={tmp}/empty"], "empty"),
+        (["--set", "data.name=text", "--set", "data.path={tmp}/empty_file/a.txt"], "a.txt"),
+        (["--set", "data.train_documents=5"], "train.batch_size"),
+        (["--set", "model.vocab_size=10"], "model.vocab_size"),
+        (["--ds_config", "{tmp}/bad/ds.json"], "is not JSON"),
+        (["--ds_config", "{tmp}/none.json"], "none.json: cannot be read"),
+        (["--ds_config", "{tmp}/other/ds.json"], "train_batch_size = 7 contradicts 32 from train.batch_size on 1 ranks"),
+        (["--resume", "{tmp}/empty"], "holds no checkpoint"),
+        (["--resume", "{tmp}/foreign"], "not a checkpoint of this trainer"),
+        (["--max_steps", "0"], "--max_steps 0: must be at least 1"),
+    ],
+)
+def test_refused_before_the_ranks_meet(monkeypatch, capsys, tmp_path, cache_dir, arguments, message):
+    files(tmp_path / "empty")
+    files(tmp_path / "empty_file", a_txt="")
+    files(tmp_path / "bad", ds_json="{")
+    files(tmp_path / "other", ds_json=json.dumps({"zero_optimization": {"stage": 2}, "train_batch_size": 7}))
+    files(tmp_path / "foreign", state_json="{}")
+    output_dir = tmp_path / "run"
+    arguments = [a.replace("{tmp}", str(tmp_path)) for a in arguments]
+    with pytest.raises(SystemExit) as ended:
+        call(monkeypatch, "--output_dir", str(output_dir), "--set", f"data.cache_dir={cache_dir}", *arguments)
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and message in error
+    assert not output_dir.exists(), "a refused run leaves nothing behind"
+
+
+@pytest.mark.parametrize("name", ["quickstart", "a4", "b3"])
+def test_dry_run_prints_the_plan(monkeypatch, capsys, name):
+    monkeypatch.setattr(
+        "modeling.some.experts.FrozenExpertPool.__init__", lambda *a, **k: pytest.fail("a pool was allocated")
+    )
+    call(monkeypatch, "--experiment", name, "--dry_run")
+    printed = capsys.readouterr().out
+    counts = load_experiment(name).model.num_parameters()
+    assert f"{counts.total:,} total, {counts.trainable:,} trained" in printed
+    assert "memory a rank" in printed and "sent a step" in printed
+
+
+def test_list_names_every_experiment(monkeypatch, capsys):
+    call(monkeypatch, "--list")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["a4", "b1", "b2", "b3", "quickstart"]
+    assert "5,405,998,080 parameters   29,424,640 trained" in lines[3]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, cache_dir) -> tuple[Path, list[str], str]:
+    """A finished run of four steps on one plain process, how it was started, and what it printed."""
+    output_dir = tmp_path_factory.mktemp("finished") / "run"
+    arguments = [*SMALL, "--output_dir", str(output_dir), "--set", f"data.cache_dir={cache_dir}", "--set", "train.steps=4",
+                 "--set", "train.eval_every=2", "--set", "checkpoint.every=2"]  # fmt: skip
+    return output_dir, arguments, succeed(*arguments)
+
+
+def test_a_run_leaves_what_the_readme_says(finished):
+    output_dir, _, printed = finished
+    assert "Once upon a time" in printed and f"finished at step 4: {output_dir}" in printed
+    config = yaml.safe_load((output_dir / "config.yaml").read_text())
+    assert config["run"]["world_size"] == 1 and config["run"]["torch"] and config["run"]["data"]["train"]["documents"] == 200
+    assert load_experiment(str(output_dir / "config.yaml")).train.steps == 4
+    assert [r["step"] for r in records(output_dir, "eval")] == [0, 2, 4]
+    assert [r["step"] for r in records(output_dir, "checkpoint")] == [2, 4]
+    assert records(output_dir, "end") == [{"event": "end", "step": 4, "finished": True}]
+    train = records(output_dir, "train")[0]
+    assert {"step", "epoch", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "seconds"} <= set(train)
+    evaluation = records(output_dir, "eval")[-1]
+    assert {"val_loss", "val_ppl", "nats_per_story", "bits_per_byte", "layers"} <= set(evaluation)
+    assert len(evaluation["layers"]) == 4 and {"gini", "entropy_bits", "experts_used"} <= set(evaluation["layers"][0])
+    assert evaluation["val_loss"] < records(output_dir, "eval")[0]["val_loss"]
+
+
+def test_a_finished_run_says_so_and_how_to_start_anew(finished, monkeypatch, capsys):
+    output_dir, arguments, _ = finished
+    call(monkeypatch, *arguments)
+    printed = capsys.readouterr().out
+    assert "is finished at step 4" in printed and "--resume never" in printed
+    assert len(losses(output_dir)) == 4
+
+
+def test_other_settings_in_the_same_folder_are_refused(finished, monkeypatch, capsys):
+    _, arguments, _ = finished
+    with pytest.raises(SystemExit):
+        call(monkeypatch, *arguments, "--set", "train.learning_rate=0.1")
+    assert "train.learning_rate = 0.1 but the checkpoint" in capsys.readouterr().err
+
+
+def test_other_data_on_resume_are_refused(finished, monkeypatch, capsys, tmp_path):
+    output_dir, arguments, _ = finished
+    copy = tmp_path / "run"
+    shutil.copytree(output_dir, copy)
+    for folder in (copy / "checkpoints").glob("step_*"):
+        state = json.loads((folder / "state.json").read_text())
+        (folder / "state.json").write_text(json.dumps(state | {"data_fingerprint": "other", "step": 3}))
+    with pytest.raises(SystemExit):
+        call(monkeypatch, *arguments, "--output_dir", str(copy))
+    assert "use the data it was trained on" in capsys.readouterr().err
+
+
+def test_resume_never_moves_the_old_run_aside(finished, tmp_path):
+    output_dir, arguments, _ = finished
+    copy = tmp_path / "run"
+    shutil.copytree(output_dir, copy)
+    printed = succeed(*arguments, "--output_dir", str(copy), "--resume", "never", "--max_steps", "1")
+    assert f"moved to {copy}.1" in printed
+    assert len(losses(copy)) == 1 and len(losses(tmp_path / "run.1")) == 4
+    assert losses(copy) == losses(output_dir)[:1]
+
+
+@pytest.mark.parametrize("name", ["zero2", "zero1", "zero2_offload"])
+def test_every_ds_config_trains(name, tmp_path, cache_dir):
+    output_dir = tmp_path / "run"
+    config = str(REPOSITORY / "ds_configs" / f"{name}.json")
+    arguments = [*SMALL, "--ds_config", config, "--output_dir", str(output_dir), "--set", f"data.cache_dir={cache_dir}"]
+    succeed(*arguments, "--max_steps", "2")
+    first, second = losses(output_dir)
+    assert second < first
+    assert read_state(output_dir / "checkpoints" / "step_00000002").precision == "bf16"
+
+
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        ["deepspeed", "--quiet", "--num_gpus", "2", "--master_port", "{port}"],
+        ["torchrun", "--nproc-per-node", "2", "--master-port", "{port}"],
+    ],
+    ids=lambda launcher: launcher[0],
+)
+def test_launchers(launcher, finished, tmp_path, cache_dir):
+    from tests.distributed import free_port
+
+    command = [part.replace("{port}", str(free_port())) for part in launcher]
+    command[0] = str(Path(sys.executable).with_name(command[0]))
+    arguments = finished[1] + ["--output_dir", str(tmp_path / "run"), "--max_steps", "2"]
+    result = subprocess.run(
+        [*command, SCRIPT, *arguments], env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=240
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert records(tmp_path / "run", "start")[0]["world_size"] == 2
+    assert losses(tmp_path / "run") == pytest.approx(losses(finished[0])[:2], rel=2e-6)
+    shown = [line for line in (result.stdout + result.stderr).splitlines() if "DeepSpeed" in line or "Warning" in line]
+    assert not shown, "DeepSpeed's own messages are shown only on request"
+
+
+def test_a_refusal_on_two_ranks_is_one_line():
+    result = launch("--experiment", "quikstart", ranks=2)
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1 and "did you mean quickstart?" in result.stderr
