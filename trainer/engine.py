@@ -133,16 +133,18 @@ class Engine:
 @contextlib.contextmanager
 def _deepspeed(show_log: bool) -> Iterator[Any]:
     """The module, with its banner, warnings and info lines kept out of sight unless asked for; errors always show."""
-    if show_log:
+    with contextlib.ExitStack() as quiet:
+        if not show_log:
+            # Deprecations inside torch and DeepSpeed, at every collective: nothing that a user could act on.
+            warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+            quiet.enter_context(contextlib.redirect_stdout(io.StringIO()))
+            quiet.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore")
         import deepspeed
 
-        yield deepspeed
-        return
-    # Deprecations inside torch and DeepSpeed, at every collective: nothing that a user could act on.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import deepspeed
-
-        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+        if not show_log:
+            logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+        # On CPUs it would compile a shared-memory collective for a minute or more, needing a compiler, and again whenever a
+        # flag differs; only its inference engine uses it.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         yield deepspeed

@@ -101,7 +101,9 @@ def make_trainer(rank: int, folder: str, *settings: str) -> Trainer:
     data = prepare_data(job.experiment.data, model.vocab_size, model.max_seq_len, 0) if rank == 0 else None
     box = [data]
     dist.broadcast_object_list(box)
-    return prepare_trainer(job, box[0], torch.device("cpu"))
+    trainer = prepare_trainer(job, box[0], torch.device("cpu"))
+    trainer.console.begin(0, stop=3)
+    return trainer
 
 
 class Collectives(TorchDispatchMode):
