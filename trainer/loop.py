@@ -20,6 +20,7 @@ from trainer.data import Batch, Dataset, TrainOrder, micro_batches
 from trainer.distributed import Layout
 from trainer.engine import Engine, StepResult
 from trainer.evaluate import evaluate
+from trainer.memory import release_freed_memory
 from trainer.metrics import RunLog, accumulate_statistics
 from trainer.schedule import learning_rate
 
@@ -95,6 +96,7 @@ class Trainer:
             update_key_stores(self.stores, statistics, dist.group.WORLD)
 
         dist.all_reduce(loss)
+        release_freed_memory()
         self.state.step += 1
         self.state.tokens += tokens
         self.state.skipped += not result.applied
