@@ -2,8 +2,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# Two ranks on a CPU, all GPUs where there are any.
-RANKS ?= $(shell nvidia-smi --list-gpus 2>/dev/null | grep -c . | sed 's/^0$$/2/')
+# Two ranks on a CPU; with GPUs the largest power of two, which divides the batch.
+RANKS ?= $(shell n=$$(nvidia-smi --list-gpus 2>/dev/null | grep -c .); [ $$n -gt 0 ] || n=2; \
+	r=1; while [ $$((2 * r)) -le $$n ]; do r=$$((2 * r)); done; echo $$r)
 ARGS ?=
 
 .PHONY: setup train test lint bench board

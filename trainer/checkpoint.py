@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from modeling.some import KeyStore
@@ -26,6 +27,7 @@ from trainer.engine import MOMENTS, CoreState
 
 FORMAT = "some-checkpoint-1"
 POINTER = "latest"
+CORE, OPTIMIZER, KEYS = FILES = ("core.safetensors", "optimizer.safetensors", "keys.safetensors")
 
 # What may differ between a checkpoint and the run that resumes it, since no number of the curve depends on it.
 # The data's path may change; its content is compared by hash.
@@ -82,11 +84,11 @@ def find_checkpoint(resume: str, output_dir: Path) -> Path | None:
     if resume == "never":
         return None
     if resume == "auto":
-        return _newest(output_dir / "checkpoints")
+        return newest_checkpoint(output_dir / "checkpoints")
     path = Path(resume)
     if (path / "state.json").exists():
         return path
-    found = _newest(path / "checkpoints") or _newest(path)
+    found = newest_checkpoint(path / "checkpoints") or newest_checkpoint(path)
     if found is None:
         raise ValueError(
             f"--resume {resume}: holds no checkpoint; give a run's folder or one of its checkpoints/step_* folders"
@@ -94,7 +96,7 @@ def find_checkpoint(resume: str, output_dir: Path) -> Path | None:
     return found
 
 
-def _newest(folder: Path) -> Path | None:
+def newest_checkpoint(folder: Path) -> Path | None:
     """What the pointer names, or the newest whole folder if the pointer was lost or names none."""
     pointer = folder / POINTER
     if pointer.exists():
@@ -115,8 +117,15 @@ def read_state(folder: Path) -> RunState:
         values = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         if values.get("format") != FORMAT:
             raise ValueError(f"format {values.get('format')!r} instead of {FORMAT!r}")
-        return RunState(**values)
-    except (OSError, ValueError, AttributeError, TypeError) as error:
+        state = RunState(**values)
+        if not isinstance(state.experiment, dict):
+            raise ValueError("no experiment in it")
+        for name in FILES:
+            with safe_open(folder / name, framework="pt") as file:
+                if not file.keys():
+                    raise ValueError(f"{name} is empty")
+        return state
+    except (OSError, ValueError, AttributeError, TypeError, SafetensorError) as error:
         raise ValueError(
             f"--resume {folder}: not a checkpoint of this trainer ({error}); use --resume never to start anew"
         ) from None
@@ -166,11 +175,11 @@ def save_checkpoint(output_dir: Path, state: RunState, core: CoreState, stores: 
 
     state.key_store_steps = [store.steps for store in stores]
     state.optimizer_steps = core.steps
-    _write_tensors(temporary / "core.safetensors", core.parameters)
+    _write_tensors(temporary / CORE, core.parameters)
     moments = {f"{moment}/{name}": t for moment, values in core.moments.items() for name, t in values.items()}
-    _write_tensors(temporary / "optimizer.safetensors", moments)
+    _write_tensors(temporary / OPTIMIZER, moments)
     keys = {f"{layer}/{name}": t for layer, store in enumerate(stores) for name, t in store.named_buffers()}
-    _write_tensors(temporary / "keys.safetensors", keys)
+    _write_tensors(temporary / KEYS, keys)
     write_text_atomically(temporary / "state.json", json.dumps(asdict(state), indent=1))
     _sync(temporary)
 
@@ -185,13 +194,13 @@ def save_checkpoint(output_dir: Path, state: RunState, core: CoreState, stores: 
 
 def load_checkpoint(folder: Path, saved: RunState, stores: list[KeyStore]) -> CoreState:
     """Put the key stores back in place and return the core."""
-    keys = load_file(folder / "keys.safetensors")
+    keys = load_file(folder / KEYS)
     for layer, store in enumerate(stores):
         for name, buffer in store.named_buffers():
             buffer.copy_(keys[f"{layer}/{name}"])
         store.steps = saved.key_store_steps[layer]
-    moments = load_file(folder / "optimizer.safetensors")
-    parameters = load_file(folder / "core.safetensors")
+    moments = load_file(folder / OPTIMIZER)
+    parameters = load_file(folder / CORE)
     return CoreState(
         parameters=parameters,
         moments={moment: {name: moments[f"{moment}/{name}"] for name in parameters} for moment in MOMENTS},
@@ -224,7 +233,7 @@ def _sync(path: Path) -> None:
 
 
 def _remove_old(checkpoints: Path, state: RunState, keep: int) -> None:
-    """Keep the newest `keep` and the one nearest to the best evaluation."""
+    """Keep the newest `keep` and the best evaluation's."""
     folders = sorted(checkpoints.glob("step_*"))
     kept = set(folders[-keep:])
     if state.best is not None:

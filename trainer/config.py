@@ -5,6 +5,7 @@ Every mistake is a `ValueError` of one line that names the key, the value and th
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -20,8 +21,8 @@ EXPERIMENTS_DIR = Path(__file__).parent / "experiments"
 
 
 def _positive(key: str, value: float) -> None:
-    if value <= 0:
-        raise ValueError(f"{key} = {value} must be greater than 0")
+    if not (value > 0 and math.isfinite(value)):
+        raise ValueError(f"{key} = {value} must be a number greater than 0")
 
 
 def _fraction(key: str, value: float) -> None:
@@ -79,6 +80,8 @@ class TrainConfig:
             _positive("train.steps", self.steps)
         for name in ("min_learning_rate_ratio", "beta1", "beta2"):
             _fraction(f"train.{name}", getattr(self, name))
+        if max(self.beta1, self.beta2) == 1:
+            raise ValueError(f"train.beta1 = {self.beta1} and train.beta2 = {self.beta2} must be less than 1")
         for name in ("warmup_steps", "weight_decay"):
             if getattr(self, name) < 0:
                 raise ValueError(f"train.{name} = {getattr(self, name)} must not be negative")
@@ -272,7 +275,7 @@ def _build(cls: type, values: Any, prefix: str) -> Any:
     if cls is KeyRules and "preset" in values:
         values = dict(values)
         preset = values.pop("preset")
-        if preset not in RULE_PRESETS:
+        if not isinstance(preset, str) or preset not in RULE_PRESETS:
             raise ValueError(f"{prefix}preset = {preset!r} is unknown; known: {', '.join(RULE_PRESETS)}")
         values = {**RULE_PRESETS[preset], **values}
     hints = typing.get_type_hints(cls)

@@ -1,6 +1,7 @@
 """Ranks: who we are under any launcher, the process group, and how a global batch is laid out over the ranks."""
 
 import os
+import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -45,14 +46,31 @@ class Launch:
         return Launch(**values, local_world_size=int(local_world or values["world_size"]))
 
     def export(self) -> None:
-        """Set the variables that torch.distributed and DeepSpeed read, where the launcher did not."""
+        """Set the variables that torch.distributed and DeepSpeed read, where the launcher did not.
+
+        Raises:
+            ValueError: several ranks and no way to tell where they meet.
+        """
         settings = {"RANK": self.rank, "WORLD_SIZE": self.world_size, "LOCAL_RANK": self.local_rank}
         for name, value in {**settings, "LOCAL_WORLD_SIZE": self.local_world_size}.items():
             os.environ.setdefault(name, str(value))
         if self.world_size == 1:
             # A lone process meets nobody: port 0 lets the system choose, so runs side by side cannot collide.
-            os.environ.setdefault("MASTER_PORT", "0")
-        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+        elif "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
+            if "SLURM_STEP_NODELIST" not in os.environ:
+                raise ValueError("environment: MASTER_ADDR or MASTER_PORT not set; start with deepspeed, torchrun or srun")
+            os.environ.setdefault("MASTER_ADDR", _first_host(os.environ["SLURM_STEP_NODELIST"]))
+            os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ["SLURM_JOB_ID"]) % 10000))
+
+
+def _first_host(nodes: str) -> str:
+    """The first of a SLURM list such as `node[3-7,9]`."""
+    command = ["scontrol", "show", "hostnames", nodes]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        raise ValueError(f"environment: scontrol cannot expand SLURM_STEP_NODELIST = {nodes}; set MASTER_ADDR") from None
 
 
 def _tasks_on_node(environment: Mapping[str, str]) -> str:
@@ -108,6 +126,20 @@ def _ep_size(experiment: Experiment, launch: Launch) -> int:
     return asked
 
 
+def check_gpus(launch: Launch) -> None:
+    """Refuse more ranks on a node than GPUs that each of them can see.
+
+    Raises:
+        ValueError: this rank has no GPU of its own.
+    """
+    visible = torch.cuda.device_count()
+    if visible and launch.local_rank >= visible:
+        raise ValueError(
+            f"environment: local rank {launch.local_rank} has no GPU, {visible} visible; start one rank a GPU, "
+            f"and let every rank see all GPUs of its node (no --gpus-per-task)"
+        )
+
+
 def choose_device(launch: Launch) -> torch.device:
     """This rank's GPU, or the CPU with its share of the cores."""
     if torch.cuda.is_available():
@@ -120,9 +152,8 @@ def choose_device(launch: Launch) -> torch.device:
     return torch.device("cpu")
 
 
-def init_process_group(launch: Launch, device: torch.device, timeout_minutes: float) -> None:
+def init_process_group(device: torch.device, timeout_minutes: float) -> None:
     """Form the world: NCCL on GPUs, gloo on CPUs."""
-    launch.export()
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         timeout=timedelta(minutes=timeout_minutes),
@@ -151,3 +182,19 @@ def broadcast_text(text: str) -> str:
     box = [text]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def demand_agreement(decision: str) -> None:
+    """Compare over all ranks what each decided on its own.
+
+    Raises:
+        ValueError: on every rank, with two of the decisions.
+    """
+    decisions: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(decisions, decision)
+    for rank, other in enumerate(decisions):
+        if other != decisions[0]:
+            raise ValueError(
+                f"rank 0 would run {decisions[0]} and rank {rank} {other}; put --output_dir on storage that all ranks "
+                f"share, and set parallel.ep_size where nodes have different numbers of ranks"
+            )

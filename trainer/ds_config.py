@@ -18,7 +18,7 @@ KNOWN_KEYS = {
     "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "communication_data_type", "data_types",
     "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "steps_per_print", "wall_clock_breakdown",
     "memory_breakdown", "dump_state", "comms_logger", "flops_profiler", "prescale_gradients",
-    "gradient_predivide_factor", "disable_allgather", "seq_parallel_communication_data_type", "torch_autocast",
+    "gradient_predivide_factor", "disable_allgather", "seq_parallel_communication_data_type",
 }  # fmt: skip
 
 
@@ -39,6 +39,12 @@ def load_ds_config(path: str, experiment: Experiment, layout: Layout, world_size
         raise ValueError(f"--ds_config {path}: zero_optimization.stage = {stage}; the trained core runs under stage 1 or 2")
     if _section(config, "fp16", path).get("enabled", False):
         raise ValueError(f"--ds_config {path}: fp16.enabled = true; use bf16, or fp32 with neither enabled")
+    bf16 = _section(config, "bf16", path).get("enabled", False)
+    data_types = _section(config, "data_types", path)
+    if "buffer_dtype" in data_types:
+        raise ValueError(f"--ds_config {path}: data_types.buffer_dtype would cast the fp32 key stores; remove it")
+    if stage == 1 and bf16 and data_types.get("grad_accum_dtype") == "fp32":
+        raise ValueError(f"--ds_config {path}: data_types.grad_accum_dtype = fp32 under stage 1 and bf16; use stage 2")
     _refuse_contradictions(config, path, experiment, layout, world_size)
     return config | {
         "train_micro_batch_size_per_gpu": layout.micro_batch,
@@ -46,6 +52,8 @@ def load_ds_config(path: str, experiment: Experiment, layout: Layout, world_size
         "train_batch_size": experiment.train.batch_size,
         "gradient_clipping": experiment.train.gradient_clipping,
         "steps_per_print": config.get("steps_per_print", 2**31),
+        # With offloading DeepSpeed would insist on an optimizer that it compiles; torch's runs there too.
+        "zero_force_ds_cpu_optimizer": False,
     }
 
 

@@ -130,6 +130,23 @@ class Engine:
         self._optimizer._lazy_init_hp_params_optimizer_state()
 
 
+def check_zero_section(path: str, config: dict[str, Any]) -> None:
+    """Let DeepSpeed check its own part of the JSON at `path`, before any work starts.
+
+    Raises:
+        ValueError: an unknown key or wrong value of `zero_optimization`.
+    """
+    with _deepspeed(show_log=False):
+        from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+        try:
+            DeepSpeedZeroConfig(**config["zero_optimization"])
+        except ValueError as error:
+            details = error.errors()[0] if hasattr(error, "errors") else {"loc": ("zero_optimization",), "msg": str(error)}
+            key = ".".join(["zero_optimization", *map(str, details["loc"])])
+            raise ValueError(f"--ds_config {path}: {key}: {details['msg']}; see DeepSpeed's documentation") from None
+
+
 @contextlib.contextmanager
 def _deepspeed(show_log: bool) -> Iterator[Any]:
     """The module, with its banner, warnings and info lines kept out of sight unless asked for; errors always show."""

@@ -26,7 +26,7 @@ class Plan:
     exchange_per_step: int
     """Sent to other ranks by dispatch and combine, forward and backward, if routing is even and batches are full."""
     gradients_per_step: int
-    """Reduce-scatter of fp32 gradients and all-gather of parameters."""
+    """All-reduce of fp32 gradients for every micro batch (as DeepSpeed's ZeRO-2 does it) and all-gather of parameters."""
     keys_per_step: int
     """Statistics of the key stores, all-reduced once a step."""
 
@@ -51,7 +51,7 @@ def make_plan(experiment: Experiment, layout: Layout, world_size: int, bf16: boo
         core=counts.trainable * 2 * width + 12 * counts.trainable // N,
         activations=T * per_token,
         exchange_per_step=int(L * tokens_per_step * copies_elsewhere * row),
-        gradients_per_step=int(counts.trainable * ring * (4 * layout.accumulation + width)),
+        gradients_per_step=int(counts.trainable * ring * (2 * 4 * layout.accumulation + width)),
         keys_per_step=int(2 * ring * L * 4 * (E * K + E * E + E * D + E)),
     )
 

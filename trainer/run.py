@@ -29,7 +29,14 @@ import torch.distributed as dist
 
 from modeling import build_model
 from modeling.some import pool_manifest
-from trainer.checkpoint import RunState, check_resumable, find_checkpoint, load_checkpoint, read_state
+from trainer.checkpoint import (
+    RunState,
+    check_resumable,
+    find_checkpoint,
+    load_checkpoint,
+    newest_checkpoint,
+    read_state,
+)
 from trainer.config import Experiment, experiment_names, load_experiment
 from trainer.console import Console
 from trainer.data import Dataset, TrainOrder, check_source, open_data, prepare_data
@@ -37,12 +44,14 @@ from trainer.distributed import (
     Launch,
     Layout,
     broadcast_text,
+    check_gpus,
     choose_device,
+    demand_agreement,
     expert_parallel_group,
     init_process_group,
 )
 from trainer.ds_config import is_bf16, load_ds_config
-from trainer.engine import Engine
+from trainer.engine import Engine, check_zero_section
 from trainer.generate import generate
 from trainer.loop import Trainer
 from trainer.metrics import RunLog
@@ -58,10 +67,10 @@ def main() -> None:
     arguments = parse_arguments()
     launch = Launch(rank=0, world_size=1, local_rank=0, local_world_size=1)
     try:
-        launch = Launch.from_environment()
         if arguments.list:
             print_experiments()
             return
+        launch = Launch.from_environment()
         run(arguments, launch)
     except ValueError as error:
         refuse(error, launch)
@@ -130,6 +139,9 @@ def run(arguments: argparse.Namespace, launch: Launch) -> None:
         if launch.rank == 0:
             print(describe(job.experiment, job.layout, launch.world_size, is_bf16(job.ds_config)))
         return
+    launch.export()
+    check_gpus(launch)
+    check_zero_section(arguments.ds_config, job.ds_config)
     check_source(job.experiment.data)
     if is_done(job, arguments.max_steps):
         return
@@ -137,8 +149,10 @@ def run(arguments: argparse.Namespace, launch: Launch) -> None:
     data_folder = prepare_folder_and_data(job) if launch.rank == 0 else None
 
     device = choose_device(launch)
-    init_process_group(launch, device, job.experiment.parallel.timeout_minutes)
+    init_process_group(device, job.experiment.parallel.timeout_minutes)
     try:
+        # Ranks that see different folders or sizes of nodes would run different collectives and wait for each other.
+        demand_agreement(f"{job.layout}, starting at step {job.saved.step if job.saved else 0}")
         trainer = prepare_trainer(job, Path(broadcast_text(str(data_folder))), device)
         trainer.run(stop=min(arguments.max_steps or job.state.total_steps, job.state.total_steps))
         finish(trainer)
@@ -169,6 +183,12 @@ def decide(arguments: argparse.Namespace, launch: Launch) -> Job:
     saved = None if checkpoint is None else read_state(checkpoint)
     if saved is not None:
         check_resumable(checkpoint, saved, state)
+        own = newest_checkpoint(output_dir / "checkpoints")
+        if own is not None and own.resolve() != checkpoint.resolve():
+            raise ValueError(
+                f"--resume {arguments.resume}: {output_dir} holds a run at {own.name}; continue that with --resume auto, "
+                f"or give another --output_dir to go on from {checkpoint}"
+            )
     return Job(experiment, launch, layout, ds_config, output_dir, state, checkpoint, saved)
 
 
@@ -181,7 +201,7 @@ def is_done(job: Job, max_steps: int | None) -> bool:
         what = "is finished" if saved.step >= saved.total_steps else f"has reached --max_steps {max_steps}"
         loss = "" if saved.val_loss is None else f" with validation loss {saved.val_loss:.4f} nats/token"
         cure = "start anew with --resume never, or give another --output_dir"
-        print(f"{job.output_dir} {what} at step {saved.step}{loss}; {cure}")
+        print(f"{job.checkpoint.parent.parent} {what} at step {saved.step}{loss}; {cure}")
     return True
 
 
@@ -190,10 +210,14 @@ def prepare_folder_and_data(job: Job) -> Path:
     model = job.experiment.model
     data_folder = prepare_data(job.experiment.data, model.vocab_size, model.max_seq_len, job.experiment.seed)
     dataset = job.complete(data_folder)
-    aside = set_aside(job.output_dir) if job.checkpoint is None else None
+    continues = job.checkpoint is not None and job.output_dir.resolve() in job.checkpoint.resolve().parents
+    try:
+        aside = None if continues else set_aside(job.output_dir)
+        write_config(job.output_dir, job.experiment, job.launch, job.layout, job.ds_config, dataset.summary)
+    except OSError as error:
+        raise ValueError(f"--output_dir {job.output_dir}: cannot be written ({error.strerror}); choose another") from None
     if aside is not None:
         print(f"the earlier run was moved to {aside}", flush=True)
-    write_config(job.output_dir, job.experiment, job.launch, job.layout, job.ds_config, dataset.summary)
     return data_folder
 
 
@@ -235,7 +259,10 @@ def prepare_trainer(job: Job, data_folder: Path, device: torch.device) -> Traine
 
 
 def set_numerics(deterministic: bool) -> None:
-    """Full fp32 products (no TF32: routing and key stores are fp32 by contract), and repeatable kernels if asked for."""
+    """Full fp32 products (no TF32: routing and key stores are fp32 by contract), and repeatable kernels if asked for.
+
+    Operations without a repeatable kernel warn; on GPUs the backward of fused attention is one.
+    """
     torch.set_float32_matmul_precision("highest")
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
     if deterministic:
@@ -243,7 +270,7 @@ def set_numerics(deterministic: bool) -> None:
 
 
 def finish(trainer: Trainer) -> None:
-    """Print what a finished model writes, and where the run lies."""
+    """Print what the model writes now, and where the run lies."""
     experiment, state = trainer.experiment, trainer.state
     if experiment.sample.tokens:
         text = generate(

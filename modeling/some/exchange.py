@@ -72,7 +72,7 @@ class AllToAllExchange:
         partial_MD = _run_experts(x_MD, gates_MK, slots_MK.long(), pool)
         partial_SD = _Return.apply(partial_MD, splits)
 
-        # Summed in fp32 and rank order, so that the rounding does not depend on who computed what.
+        # A token's partial sums are added in fp32, in order of ranks.
         y_TD = torch.zeros(x_TD.shape, dtype=torch.float32, device=x_TD.device)
         return y_TD.index_add(0, token_S, partial_SD.float()).to(x_TD.dtype)
 

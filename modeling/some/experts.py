@@ -7,9 +7,10 @@ Shapes: T tokens, R routed rows (a row is one token at one expert), B rows in bl
 E experts in the layer, e experts in this rank's shard.
 """
 
+import contextlib
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -39,6 +40,17 @@ def _draw(init: str, rows: int, columns: int, generator: torch.Generator) -> tor
     # Exactly ceil(rows / 2) zeros in each column, at the places where random numbers rank lowest.
     ranks = torch.rand(rows, columns, generator=generator).argsort(dim=0)
     return weight.scatter_(0, ranks[: math.ceil(rows / 2)], 0.0)
+
+
+@contextlib.contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """Draw with single-threaded kernels: the rounding of a QR decomposition depends on the number of threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 class FrozenExpertPool(nn.Module):
@@ -71,7 +83,8 @@ class FrozenExpertPool(nn.Module):
         shapes = {"w_down_eFD": (n, H, D), "b_down_eF": (n, H), "w_up_eDF": (n, D, H), "b_up_eD": (n, D)}
         for name, shape in shapes.items():
             self.register_buffer(name, torch.zeros(shape, dtype=dtype, device=device), persistent=False)
-        with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+        workers = torch.get_num_threads()
+        with _one_thread_each(), ThreadPoolExecutor(workers) as threads:
             list(threads.map(self._materialise, range(n)))
 
     def _materialise(self, slot: int) -> None:
@@ -203,10 +216,11 @@ def pool_manifest(config: SoMEConfig, num_layers: int, seed: int) -> dict:
     A checkpoint carries it; equal manifests mean equal pools on any rank count, dtype and device.
     """
     digest = hashlib.sha256()
-    for layer in (0, num_layers - 1):
-        for expert in (0, config.num_experts - 1):
-            for weight in expert_weights(seed, layer, expert, config.expert_init, config.d_model, config.d_ffn):
-                digest.update(weight.numpy())
+    with _one_thread_each():
+        for layer in (0, num_layers - 1):
+            for expert in (0, config.num_experts - 1):
+                for weight in expert_weights(seed, layer, expert, config.expert_init, config.d_model, config.d_ffn):
+                    digest.update(weight.numpy())
     return {
         "seed": seed,
         "init": config.expert_init,

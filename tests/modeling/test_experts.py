@@ -20,6 +20,20 @@ def test_weights_depend_on_nothing_but_their_arguments():
             assert torch.equal(buffer, getattr(whole, name)[experts]), name
 
 
+@pytest.mark.parametrize("init", ["default", "orthogonal", "sparse"])
+def test_weights_do_not_depend_on_the_number_of_threads(init):
+    config = SoMEConfig(d_model=256, num_experts=2, d_ffn=512, top_k=2, expert_init=init)
+    threads, hashes = torch.get_num_threads(), set()
+    try:
+        for count in (1, 2, 4):
+            torch.set_num_threads(count)
+            hashes.add((FrozenExpertPool(config).content_hash(), pool_manifest(config, 2, seed=0)["sample_sha256"]))
+            assert torch.get_num_threads() == count
+    finally:
+        torch.set_num_threads(threads)
+    assert len(hashes) == 1
+
+
 @pytest.mark.parametrize("changed", [dict(seed=6), dict(layer=4), dict(expert_ids=[1])])
 def test_weights_depend_on_each_argument(changed):
     pools = [FrozenExpertPool(CONFIG, **{"layer": 3, "seed": 5, "expert_ids": [0], **c}) for c in ({}, changed)]

@@ -88,6 +88,16 @@ def test_what_resume_finds(tmp_path):
         find_checkpoint(str(tmp_path / "nothing"), tmp_path / "other")
 
 
+@pytest.mark.parametrize("damage", ["missing", "truncated"])
+@pytest.mark.parametrize("name", ["core", "optimizer", "keys"])
+def test_damaged_files_are_refused(tmp_path, name, damage):
+    folder = save(tmp_path, 1)
+    file = folder / f"{name}.safetensors"
+    file.write_bytes(file.read_bytes()[:20]) if damage == "truncated" else file.unlink()
+    with pytest.raises(ValueError, match="not a checkpoint of this trainer"):
+        read_state(folder)
+
+
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"format": "else"}', '{"format": "some-checkpoint-1", "x": 1}'])
 def test_foreign_checkpoints_are_refused(tmp_path, text):
     (tmp_path / "state.json").write_text(text)

@@ -1,9 +1,12 @@
 """Launchers' variables, and how a batch and a pool are laid out."""
 
+import os
+
 import pytest
 
+from tests.distributed import run_ranks
 from trainer.config import load_experiment
-from trainer.distributed import Launch, Layout
+from trainer.distributed import Launch, Layout, check_gpus, demand_agreement
 
 SRUN = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "5", "SLURM_NTASKS": "7", "SLURM_LOCALID": "1"}
 
@@ -26,6 +29,43 @@ def test_launch_reads_every_launcher(environment, expected):
 def test_half_an_environment_is_refused():
     with pytest.raises(ValueError, match="WORLD_SIZE, LOCAL_RANK not set; start with deepspeed, torchrun or srun"):
         Launch.from_environment({"RANK": "1"})
+
+
+def test_srun_tells_where_the_ranks_meet(monkeypatch, tmp_path):
+    for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "unset")  # so that monkeypatch puts back what export() sets
+        monkeypatch.delenv(name)
+    (tmp_path / "scontrol").write_text('#!/bin/sh\n[ "$3" = "node[3-4]" ] && echo node3 && echo node4\n')
+    (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    with pytest.raises(ValueError, match="MASTER_ADDR or MASTER_PORT not set; start with"):
+        Launch(1, 2, 0, 1).export()
+    monkeypatch.setenv("SLURM_STEP_NODELIST", "node[3-4]")
+    monkeypatch.setenv("SLURM_JOB_ID", "123456")
+    Launch(1, 2, 0, 1).export()
+    assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("node3", "23456")
+    assert (os.environ["RANK"], os.environ["WORLD_SIZE"], os.environ["LOCAL_RANK"]) == ("1", "2", "0")
+
+
+def test_a_rank_without_a_gpu_is_refused(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    check_gpus(Launch(1, 4, 1, 2))
+    with pytest.raises(ValueError, match="local rank 2 has no GPU, 2 visible"):
+        check_gpus(Launch(2, 4, 2, 4))
+
+
+def _disagree(rank: int) -> str:
+    demand_agreement("the same")
+    try:
+        demand_agreement(f"step {rank}")
+    except ValueError as error:
+        return str(error)
+    return "nothing"
+
+
+def test_ranks_that_decided_differently_all_stop():
+    for message in run_ranks(_disagree, 2):
+        assert message.startswith("rank 0 would run step 0 and rank 1 step 1; put --output_dir on storage")
 
 
 def layout(ranks: int, per_node: int, *settings: str) -> Layout:

@@ -55,6 +55,12 @@ def test_repeating_the_experiment_is_allowed(tmp_path):
         (json.dumps({**ZERO2, "train_micro_batch_size_per_gpu": 4}), "train_micro_batch_size_per_gpu = 4 contradicts 8"),
         (json.dumps({**ZERO2, "optimizer": {"type": "Lion"}}), "optimizer.type = 'Lion'; the optimizer is AdamW"),
         (json.dumps({**ZERO2, "optimizer": {"type": "AdamW", "params": {"lr": 1.0}}}), "lr = 1.0 contradicts 0.003"),
+        ('{"bf16": true, "zero_optimization": {"stage": 2}}', "bf16 = True; expected a JSON object"),
+        (json.dumps({**ZERO2, "data_types": {"buffer_dtype": "bf16"}}), "data_types.buffer_dtype would cast the fp32 key"),
+        (
+            '{"bf16": {"enabled": true}, "zero_optimization": {"stage": 1}, "data_types": {"grad_accum_dtype": "fp32"}}',
+            "grad_accum_dtype = fp32 under stage 1 and bf16; use stage 2",
+        ),
         (json.dumps({**ZERO2, "scheduler": {"type": "WarmupLR"}}), "scheduler; the schedule is the experiment's"),
     ],
 )

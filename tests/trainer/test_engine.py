@@ -92,10 +92,10 @@ def test_steps_equal_adamw_on_the_whole_batch(name):
     assert typical < (2e-3 if bf16 else 2e-6) and largest < (0.08 if bf16 else 2e-3)
 
 
-def make_trainer(rank: int, folder: str, *settings: str) -> Trainer:
+def make_trainer(rank: int, folder: str, *settings: str, ds_config: str = FP32) -> Trainer:
     """A trainer on this rank as the command line makes it."""
     changes = [part for s in [*TINY, f"data.cache_dir={folder}/cache", *settings] for part in ("--set", s)]
-    arguments = ["--ds_config", FP32, "--output_dir", f"{folder}/run", *changes]
+    arguments = ["--ds_config", ds_config, "--output_dir", f"{folder}/run", *changes]
     job = decide(parse_arguments(arguments), Launch(rank, 2, rank, 2))
     model = job.experiment.model
     data = prepare_data(job.experiment.data, model.vocab_size, model.max_seq_len, 0) if rank == 0 else None
@@ -164,8 +164,8 @@ def test_frozen_means_frozen(tmp_path):
     assert names and not any("pool" in name or "w_up" in name for name in names)
 
 
-def _poison_a_step(rank: int, folder: str) -> tuple[int, bool, bool, bool]:
-    trainer = make_trainer(rank, folder)
+def _poison_a_step(rank: int, folder: str, ds_config: str) -> tuple[int, bool, bool, bool]:
+    trainer = make_trainer(rank, folder, ds_config=ds_config)
     trainer._step()
     keys = [store.keys.clone() for store in trainer.stores]
     core = trainer.engine.core_state()
@@ -185,8 +185,10 @@ def _poison_a_step(rank: int, folder: str) -> tuple[int, bool, bool, bool]:
     return trainer.state.skipped, kept_core, kept_keys, moved
 
 
-def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(tmp_path):
-    assert run_ranks(_poison_a_step, 2, str(tmp_path)) == [(1, True, True, True)] * 2
+@pytest.mark.parametrize("name", ["zero2_fp32", "zero2", "zero1", "zero2_offload"])
+def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(name, tmp_path):
+    config = str(REPOSITORY / "ds_configs" / f"{name}.json")
+    assert run_ranks(_poison_a_step, 2, str(tmp_path), config) == [(1, True, True, True)] * 2
 
 
 def _drift(rank: int) -> str:

@@ -50,6 +50,8 @@ def files(folder: Path, **texts: str) -> Path:
         (["--ds_config", "{tmp}/bad/ds.json"], "is not JSON"),
         (["--ds_config", "{tmp}/none.json"], "none.json: cannot be read"),
         (["--ds_config", "{tmp}/other/ds.json"], "train_batch_size = 7 contradicts 32 from train.batch_size on 1 ranks"),
+        (["--ds_config", "{tmp}/typo/ds.json"], "zero_optimization.overlap_com"),
+        (["--output_dir", "{tmp}/bad/ds.json/run"], "cannot be written"),
         (["--resume", "{tmp}/empty"], "holds no checkpoint"),
         (["--resume", "{tmp}/foreign"], "not a checkpoint of this trainer"),
         (["--max_steps", "0"], "--max_steps 0: must be at least 1"),
@@ -61,6 +63,7 @@ def test_refused_before_the_ranks_meet(monkeypatch, capsys, tmp_path, cache_dir,
     files(tmp_path / "bad", ds_json="{")
     files(tmp_path / "other", ds_json=json.dumps({"zero_optimization": {"stage": 2}, "train_batch_size": 7}))
     files(tmp_path / "foreign", state_json="{}")
+    files(tmp_path / "typo", ds_json=json.dumps({"zero_optimization": {"stage": 2, "overlap_com": True}}))
     output_dir = tmp_path / "run"
     arguments = [a.replace("{tmp}", str(tmp_path)) for a in arguments]
     with pytest.raises(SystemExit) as ended:
@@ -153,15 +156,27 @@ def test_resume_never_moves_the_old_run_aside(finished, tmp_path):
     assert losses(copy) == losses(output_dir)[:1]
 
 
+def test_going_back_or_branching_needs_a_folder_of_its_own(finished, monkeypatch, capsys, tmp_path):
+    output_dir, arguments, _ = finished
+    older = output_dir / "checkpoints" / "step_00000002"
+    with pytest.raises(SystemExit):
+        call(monkeypatch, *arguments, "--resume", str(older))
+    assert "holds a run at step_00000004; continue that with --resume auto" in capsys.readouterr().err
+    branch = tmp_path / "branch"
+    succeed(*arguments, "--resume", str(older), "--output_dir", str(branch))
+    assert [r["loss"] for r in records(branch, "train")] == losses(output_dir)[2:]
+    assert len(losses(output_dir)) == 4
+
+
 @pytest.mark.parametrize("name", ["zero2", "zero1", "zero2_offload"])
 def test_every_ds_config_trains(name, tmp_path, cache_dir):
     output_dir = tmp_path / "run"
     config = str(REPOSITORY / "ds_configs" / f"{name}.json")
     arguments = [*SMALL, "--ds_config", config, "--output_dir", str(output_dir), "--set", f"data.cache_dir={cache_dir}"]
-    succeed(*arguments, "--max_steps", "2")
-    first, second = losses(output_dir)
-    assert second < first
-    assert read_state(output_dir / "checkpoints" / "step_00000002").precision == "bf16"
+    succeed(*arguments, "--max_steps", "3")
+    first, last = records(output_dir, "eval")
+    assert last["val_loss"] < first["val_loss"]
+    assert read_state(output_dir / "checkpoints" / "step_00000003").precision == "bf16"
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from modeling.transformer import NO_TARGET
 from trainer.data.sequences import Sequences
 from trainer.data.tokenizer import PAD_ID
 
-IGNORE = -100  # target value that the loss skips
 WINDOW_BATCHES = 32  # sort within this many batches: similar lengths, but still a different mix every epoch
 
 S_MULTIPLE = 16  # few distinct shapes: kernels compiled for a shape, as oneDNN's in bf16, are then reused
@@ -33,7 +33,7 @@ class Batch:
     @property
     def num_tokens(self) -> int:
         """Number of targets that count. Waits for the device if the tensors are on one."""
-        return int((self.targets_BS != IGNORE).sum())
+        return int((self.targets_BS != NO_TARGET).sum())
 
 
 class TrainOrder:
@@ -106,11 +106,12 @@ def _deal(sequences: Sequences, ids: np.ndarray, rank: int, world_size: int, mic
     if micro_batch_size < 1:
         raise ValueError(f"micro_batch_size={micro_batch_size} must be 1 or more")
     assert 0 <= rank < world_size
+    longest = int(sequences.lengths.max())
     ordered = ids[np.argsort(-sequences.lengths[ids], kind="stable")]
     per_round = world_size * micro_batch_size
     for start in range(0, len(ordered), per_round):
         rows = [sequences[i] for i in ordered[start : start + per_round][rank::world_size]]
-        yield _collate(rows, longest=int(sequences.lengths.max()))
+        yield _collate(rows, longest)
 
 
 def _collate(rows: list[np.ndarray], longest: int) -> Batch:
@@ -121,7 +122,7 @@ def _collate(rows: list[np.ndarray], longest: int) -> Batch:
     width = max((len(row) - 1 for row in rows), default=1)
     shape_BS = (max(len(rows), 1), max(width, min(-(-width // S_MULTIPLE) * S_MULTIPLE, longest)) if rows else 1)
     input_ids_BS = torch.full(shape_BS, PAD_ID, dtype=torch.int64)
-    targets_BS = torch.full(shape_BS, IGNORE, dtype=torch.int64)
+    targets_BS = torch.full(shape_BS, NO_TARGET, dtype=torch.int64)
     attention_mask_BS = torch.zeros(shape_BS, dtype=torch.bool)
     for b, row in enumerate(rows):
         ids = torch.from_numpy(row)
