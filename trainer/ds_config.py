@@ -43,8 +43,12 @@ def load_ds_config(path: str, experiment: Experiment, layout: Layout, world_size
     data_types = _section(config, "data_types", path)
     if "buffer_dtype" in data_types:
         raise ValueError(f"--ds_config {path}: data_types.buffer_dtype would cast the fp32 key stores; remove it")
-    if stage == 1 and bf16 and data_types.get("grad_accum_dtype") == "fp32":
-        raise ValueError(f"--ds_config {path}: data_types.grad_accum_dtype = fp32 under stage 1 and bf16; use stage 2")
+    if bf16 and data_types.get("grad_accum_dtype") == "fp32":
+        # Stage 1 would get another optimizer than ZeRO's; offloaded gradients stay non-finite after a skipped step.
+        offloads = "offload_optimizer" in config["zero_optimization"]
+        if stage == 1 or offloads:
+            where = "with offload_optimizer" if offloads else "under stage 1"
+            raise ValueError(f"--ds_config {path}: data_types.grad_accum_dtype = fp32 {where} and bf16; remove it")
     _refuse_contradictions(config, path, experiment, layout, world_size)
     return config | {
         "train_micro_batch_size_per_gpu": layout.micro_batch,

@@ -59,7 +59,12 @@ def test_repeating_the_experiment_is_allowed(tmp_path):
         (json.dumps({**ZERO2, "data_types": {"buffer_dtype": "bf16"}}), "data_types.buffer_dtype would cast the fp32 key"),
         (
             '{"bf16": {"enabled": true}, "zero_optimization": {"stage": 1}, "data_types": {"grad_accum_dtype": "fp32"}}',
-            "grad_accum_dtype = fp32 under stage 1 and bf16; use stage 2",
+            "grad_accum_dtype = fp32 under stage 1 and bf16; remove it",
+        ),
+        (
+            '{"bf16": {"enabled": true}, "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}, '
+            '"data_types": {"grad_accum_dtype": "fp32"}}',
+            "grad_accum_dtype = fp32 with offload_optimizer and bf16; remove it",
         ),
         (json.dumps({**ZERO2, "scheduler": {"type": "WarmupLR"}}), "scheduler; the schedule is the experiment's"),
     ],
