@@ -5,7 +5,7 @@ from the data order; so micro batches and ranks simply add up.
 """
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -20,7 +20,7 @@ from trainer.data import Batch, Dataset, TrainOrder, micro_batches
 from trainer.distributed import Layout
 from trainer.engine import Engine, StepResult
 from trainer.evaluate import evaluate
-from trainer.memory import release_freed_memory
+from trainer.memory import FreedMemory
 from trainer.metrics import RunLog, accumulate_statistics
 from trainer.schedule import learning_rate
 
@@ -41,6 +41,7 @@ class Trainer:
     output_dir: Path
     log: RunLog | None
     console: Console
+    freed_memory: FreedMemory = field(default_factory=FreedMemory)
 
     @property
     def stores(self) -> list[KeyStore]:
@@ -96,7 +97,7 @@ class Trainer:
             update_key_stores(self.stores, statistics, dist.group.WORLD)
 
         dist.all_reduce(loss)
-        release_freed_memory()
+        self.freed_memory.release()
         self.state.step += 1
         self.state.tokens += tokens
         self.state.skipped += not result.applied

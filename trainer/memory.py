@@ -1,15 +1,34 @@
 """Memory of the process on CPUs."""
 
 import ctypes
+import os
 import sys
 
+SLACK_BYTES = 2**30
 
-def release_freed_memory() -> None:
-    """Give memory that was freed back to the system.
 
-    Tensors of many sizes leave holes that glibc keeps: over a hundred steps a process grew to twice what it used.
+class FreedMemory:
+    """Gives memory that was freed back to the system once it adds up.
+
+    Tensors of many sizes leave holes that glibc keeps: over a hundred steps a process grew to several times what it used.
+    Giving them back at every step would cost small models more time than their products, so it is done when the process
+    has grown by `SLACK_BYTES` since the last time.
     """
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, other C libraries may not
-        if trim is not None:
-            trim(0)
+
+    def __init__(self):
+        # glibc has it, other C libraries may not.
+        self._trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+        self._resident = self._measure()
+
+    def release(self) -> None:
+        """To be called between steps, when what a step needed is free again."""
+        if self._trim is not None and self._measure() > self._resident + SLACK_BYTES:
+            self._trim(0)
+            self._resident = self._measure()
+
+    def _measure(self) -> int:
+        """Resident bytes of this process."""
+        if self._trim is None:
+            return 0
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
