@@ -6,70 +6,17 @@ total = trainable + L * E * (2 D F + F + D).
 
 from dataclasses import dataclass, field, replace
 
+from modeling.checks import require, require_choice, require_positive
+from modeling.key_rules import KeyRules
+
 ROUTERS = ("linear", "mlp")
+ROUTER_INITS = ("torch", "normal")
+ROUTINGS = ("learned", "hash", "shared")
+EXPERT_BIASES = ("zero", "torch")
+CHANNEL_MIXERS = ("some", "dense", "frozen_dense", "none")
 EXPERT_INITS = ("default", "orthogonal", "sparse")
 NORM_POSITIONS = ("pre", "post")
 EMBEDDING_INITS = ("scaled", "unit")
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
-
-
-def _require_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
-    _require(value in choices, f"{key} = {value!r} is not one of: {', '.join(choices)}")
-
-
-def _require_positive(prefix: str, **values: float) -> None:
-    for name, value in values.items():
-        _require(value > 0, f"{prefix}.{name} = {value} must be greater than 0")
-
-
-@dataclass(frozen=True)
-class KeyRules:
-    """How the key store moves after an optimizer step. Presets carry the published values of one rule version."""
-
-    alpha: float = 0.01
-    """Attraction: how far an expert's key moves towards the queries that chose it."""
-    beta: float = 0.005
-    """Peer pull: how far the keys of experts that were chosen together move towards each other."""
-    delta: float = 0.001
-    """Decay of the keys of rarely used experts."""
-    theta_percentile: float = 0.05
-    """Quantile of the used experts' usage below which a key decays."""
-    warmup_steps: int = 400
-    """The first decay happens in update `warmup_steps + 1`."""
-    ema_decay: float = 0.99
-    """Decay of the moving average of usage, per update."""
-    use_alpha: bool = True
-    """Switch attraction off for an ablation."""
-    use_beta: bool = True
-    """Switch peer pull off for an ablation."""
-    use_delta: bool = True
-    """Switch decay off for an ablation."""
-
-    def __post_init__(self) -> None:
-        for name in ("alpha", "beta", "delta", "warmup_steps"):
-            _require(getattr(self, name) >= 0, f"model.some.rules.{name} = {getattr(self, name)} must not be negative")
-        for name in ("theta_percentile", "ema_decay"):
-            value = getattr(self, name)
-            _require(0 <= value <= 1, f"model.some.rules.{name} = {value} must lie between 0 and 1")
-
-    @staticmethod
-    def preset(version: str, **overrides: float | int | bool) -> "KeyRules":
-        """The rule of a published version with single values changed by keyword.
-
-        Raises:
-            ValueError: unknown version.
-        """
-        _require(version in RULE_PRESETS, f"key rules {version!r} are unknown; known: {', '.join(RULE_PRESETS)}")
-        return KeyRules(**{**RULE_PRESETS[version], **overrides})
-
-
-RULE_PRESETS: dict[str, dict] = {
-    "v4": dict(alpha=0.01, beta=0.005, delta=0.001, theta_percentile=0.05, warmup_steps=400, ema_decay=0.99),
-}
 
 
 @dataclass(frozen=True)
@@ -88,17 +35,32 @@ class SoMEConfig:
     """Query network: `linear` (D to D) or `mlp` (D to router_mult * D to D, GELU)."""
     router_mult: float = 2.0
     """Hidden width of the `mlp` query network in units of D."""
+    router_init: str = "torch"
+    """Initial values of the query network: `torch` (its linear layers' own) or `normal` (N(0, 0.02), zero biases)."""
+    train_router: bool = True
+    """False leaves the query network at its random start."""
+    normalise_query: bool = True
+    """Give queries norm 1, so that scores are cosines (published v1.1: False)."""
+    routing: str = "learned"
+    """Who chooses: `learned` (queries and keys), `hash` (a fixed random set of experts for each token id, equal gates) or
+    `shared` (every token goes to the first top_k experts, equal gates). The last two have no query network."""
     expert_init: str = "default"
-    """Distribution of the experts' weights: `default`, `orthogonal` or `sparse`; biases are zero."""
+    """Distribution of the experts' weights: `default`, `orthogonal` or `sparse`."""
+    expert_bias: str = "zero"
+    """Biases of the experts: `zero` or `torch` (drawn like those of torch's linear layers, as in v1.1 and v2.2)."""
+    expert_gain: float = 1.0
+    """Factor on what an expert puts out (on its second matrix and bias)."""
+    permute_in_evaluation: bool = False
+    """Swap the experts at random in evaluation: if the loss does not care, the choice of experts does not matter."""
     temperature: float = 0.8
     """Divides the K selected scores before the softmax that makes the gates."""
     eval_temperature: float | None = None
     """Temperature in evaluation; null = the training temperature (the published runs used 0.5)."""
     rules: KeyRules = field(default_factory=lambda: KeyRules.preset("v4"))
-    """How the keys move."""
+    """How the keys move: `KeyRules.preset("corrected")` or the rule of a published version."""
 
     def __post_init__(self) -> None:
-        _require_positive(
+        require_positive(
             "model.some",
             d_model=self.d_model,
             num_experts=self.num_experts,
@@ -106,12 +68,20 @@ class SoMEConfig:
             top_k=self.top_k,
             router_mult=self.router_mult,
             temperature=self.temperature,
+            expert_gain=self.expert_gain,
         )
         if self.eval_temperature is not None:
-            _require_positive("model.some", eval_temperature=self.eval_temperature)
-        _require_choice("model.some.router", self.router, ROUTERS)
-        _require_choice("model.some.expert_init", self.expert_init, EXPERT_INITS)
-        _require(
+            require_positive("model.some", eval_temperature=self.eval_temperature)
+        require_choice("model.some.router", self.router, ROUTERS)
+        require_choice("model.some.router_init", self.router_init, ROUTER_INITS)
+        require_choice("model.some.routing", self.routing, ROUTINGS)
+        require_choice("model.some.expert_init", self.expert_init, EXPERT_INITS)
+        require_choice("model.some.expert_bias", self.expert_bias, EXPERT_BIASES)
+        require(
+            self.routing == "learned" or not self.rules.moves,
+            f"model.some.routing = {self.routing} has no queries to move keys by; set model.some.rules.preset = fixed",
+        )
+        require(
             self.top_k <= self.num_experts,
             f"model.some.top_k = {self.top_k} is more than model.some.num_experts = {self.num_experts}; "
             f"choose top_k between 1 and {self.num_experts}",
@@ -123,7 +93,10 @@ class SoMEConfig:
         return max(1, int(self.router_mult * self.d_model))
 
     def num_router_parameters(self) -> int:
+        """Parameters of the query network, trained or not."""
         D, H = self.d_model, self.router_hidden
+        if self.routing != "learned":
+            return 0
         return D * D + D if self.router == "linear" else 2 * D * H + H + D
 
     def num_expert_parameters(self) -> int:
@@ -142,7 +115,7 @@ class ParameterCounts:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The Transformer: embedding, `num_layers` blocks of attention and a SoME layer, and a head."""
+    """The Transformer: embedding, `num_layers` blocks of attention and a channel mixer (a SoME layer), and a head."""
 
     vocab_size: int = 8192
     """Number V of token ids."""
@@ -160,11 +133,23 @@ class ModelConfig:
     embedding_init: str = "scaled"
     """`scaled`: standard deviation D^-0.5, so that sqrt(D) * embedding has unit size beside the positions; `unit`
     (published): N(0, 1), which drowns the positions."""
+    causal: bool = True
+    """False lets every position see the future, as v1.1 did: its losses are no language model's."""
+    channel_mixer: str = "some"
+    """What follows attention in a block: `some`, `dense` (a trained FFN), `frozen_dense` (one frozen random FFN) or
+    `none`."""
+    d_ffn: int | None = None
+    """Hidden width of the `dense` or `frozen_dense` mixer."""
+    input_map: bool = False
+    """Add a trained linear map of the channel mixer's input to that input."""
+    readout: bool = False
+    """Normalise what the channel mixer puts out (without parameters) and pass it through a trained D x D layer that starts
+    at zero. With channel_mixer = none it reads gelu of the mixer's input."""
     some: SoMEConfig = field(default_factory=SoMEConfig)
     """The SoME layers; their `d_model` is the model's."""
 
     def __post_init__(self) -> None:
-        _require_positive(
+        require_positive(
             "model",
             vocab_size=self.vocab_size,
             d_model=self.d_model,
@@ -172,23 +157,41 @@ class ModelConfig:
             num_heads=self.num_heads,
             max_seq_len=self.max_seq_len,
         )
-        _require_choice("model.norm_position", self.norm_position, NORM_POSITIONS)
-        _require_choice("model.embedding_init", self.embedding_init, EMBEDDING_INITS)
-        _require(
+        require_choice("model.norm_position", self.norm_position, NORM_POSITIONS)
+        require_choice("model.embedding_init", self.embedding_init, EMBEDDING_INITS)
+        require(
             self.d_model % self.num_heads == 0,
             f"model.num_heads = {self.num_heads} does not divide model.d_model = {self.d_model}",
         )
-        _require(self.d_model % 2 == 0, f"model.d_model = {self.d_model} must be even (sine and cosine positions)")
+        require(self.d_model % 2 == 0, f"model.d_model = {self.d_model} must be even (sine and cosine positions)")
+        require_choice("model.channel_mixer", self.channel_mixer, CHANNEL_MIXERS)
+        has_width = self.channel_mixer in ("dense", "frozen_dense")
+        require(
+            not has_width or (self.d_ffn or 0) > 0,
+            f"model.d_ffn = {self.d_ffn}, but model.channel_mixer = {self.channel_mixer} needs its hidden width; set one",
+        )
         object.__setattr__(self, "some", replace(self.some, d_model=self.d_model))
 
     def num_parameters(self) -> ParameterCounts:
         """Exact counts by formula; allocates nothing."""
-        D, V, L = self.d_model, self.vocab_size, self.num_layers
+        D, V, L, some = self.d_model, self.vocab_size, self.num_layers, self.some
         base = 2 * V * D + V
-        attention_and_norms = 4 * D * D + 4 * D + 4 * D
-        trainable = base + L * (attention_and_norms + self.some.num_router_parameters())
-        frozen = L * self.some.num_experts * self.some.num_expert_parameters()
-        return ParameterCounts(total=trainable + frozen, trainable=trainable, frozen=frozen)
+        linear = D * D + D
+        trained = 4 * linear + 4 * D + (self.input_map + self.readout) * linear
+        frozen = 0
+        if self.channel_mixer == "some":
+            router = some.num_router_parameters()
+            trained, frozen = trained + router * some.train_router, router * (not some.train_router)
+            frozen += some.num_experts * some.num_expert_parameters()
+        elif self.channel_mixer == "dense":
+            trained += self.num_dense_parameters()
+        elif self.channel_mixer == "frozen_dense":
+            frozen += self.num_dense_parameters()
+        return ParameterCounts(total=base + L * (trained + frozen), trainable=base + L * trained, frozen=L * frozen)
+
+    def num_dense_parameters(self) -> int:
+        """Parameters of one FFN of width `d_ffn`, biases included."""
+        return 2 * self.d_model * self.d_ffn + self.d_ffn + self.d_model
 
     def num_flops_per_token(self, context: int) -> float:
         """Multiply-add FLOPs of one training step (forward and backward) per token that sees `context` tokens.
@@ -197,7 +200,13 @@ class ModelConfig:
         attention 6 * L * context * D (half of the full square).
         """
         D, L, some = self.d_model, self.num_layers, self.some
-        router = D * D if some.router == "linear" else 2 * D * some.router_hidden
-        trained = self.vocab_size * D + L * (4 * D * D + router)
-        frozen = L * (some.top_k * 2 * D * some.d_ffn + D * some.num_experts)
-        return 6 * trained + 4 * frozen + 6 * L * context * D
+        trained, frozen = 4 * D * D + (self.input_map + self.readout) * D * D, 0
+        if self.channel_mixer == "some":
+            router = some.num_router_parameters() and (D * D if some.router == "linear" else 2 * D * some.router_hidden)
+            trained, frozen = trained + router * some.train_router, router * (not some.train_router)
+            frozen += some.top_k * 2 * D * some.d_ffn + D * some.num_experts * (some.routing == "learned")
+        elif self.channel_mixer == "dense":
+            trained += 2 * D * self.d_ffn
+        elif self.channel_mixer == "frozen_dense":
+            frozen += 2 * D * self.d_ffn
+        return 6 * (self.vocab_size * D + L * trained) + 4 * L * frozen + 6 * L * context * D * (2 - self.causal)

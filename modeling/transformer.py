@@ -1,4 +1,4 @@
-"""The language model, top to bottom: embedding and positions, L blocks of (attention, SoME layer), head.
+"""The language model, top to bottom: embedding and positions, L blocks of (attention, channel mixer), head.
 
 Shapes: B sequences, S positions, N = B * S, D width, H heads, V vocabulary, T positions with a target.
 """
@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from modeling.config import ModelConfig
+from modeling.cross_entropy import NO_TARGET, cross_entropy
+from modeling.mixers import ChannelMixer
 from modeling.seeding import derive_seed
 from modeling.some.layer import SoMELayer
 from modeling.some.router import Routing
-
-NO_TARGET = -100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,15 +29,15 @@ class ModelOutput:
     routing: list[Routing]
 
 
-class CausalSelfAttention(nn.Module):
+class SelfAttention(nn.Module):
     """Multi-head attention with biases, through the fused kernel.
 
     No padding mask: sequences are padded on the right, so under the causal mask no real token can see padding.
     """
 
-    def __init__(self, d_model: int, num_heads: int):
+    def __init__(self, d_model: int, num_heads: int, causal: bool):
         super().__init__()
-        self.num_heads = num_heads
+        self.num_heads, self.causal = num_heads, causal
         self.qkv = nn.Linear(d_model, 3 * d_model)
         self.out = nn.Linear(d_model, d_model)
         nn.init.xavier_uniform_(self.qkv.weight)
@@ -50,44 +50,48 @@ class CausalSelfAttention(nn.Module):
         if x_BSD.device.type == "cpu":
             # The CPU kernel's backward is up to four times slower in bf16 than in fp32, and slower on strided input.
             qkv = qkv.float().contiguous()
-        mixed_BHSd = F.scaled_dot_product_attention(qkv[0], qkv[1], qkv[2], is_causal=True)
+        mixed_BHSd = F.scaled_dot_product_attention(qkv[0], qkv[1], qkv[2], is_causal=self.causal)
         return self.out(mixed_BHSd.transpose(1, 2).reshape(B, S, D).to(x_BSD.dtype))
 
 
 class Block(nn.Module):
     """A token mixer and a channel mixer, each with a residual; norms before (`pre`) or after the sum (`post`)."""
 
-    def __init__(self, config: ModelConfig, channel_mixer: SoMELayer):
+    def __init__(self, config: ModelConfig, mixer: ChannelMixer):
         super().__init__()
         self.pre_norm = config.norm_position == "pre"
-        self.attention = CausalSelfAttention(config.d_model, config.num_heads)
+        self.attention = SelfAttention(config.d_model, config.num_heads, config.causal)
         self.attention_norm = nn.LayerNorm(config.d_model)
-        self.some = channel_mixer
-        self.some_norm = nn.LayerNorm(config.d_model)
+        self.mixer = mixer
+        self.mixer_norm = nn.LayerNorm(config.d_model)
 
     def forward(
-        self, x_BSD: torch.Tensor, mask_BS: torch.Tensor | None, temperature: float | None
-    ) -> tuple[torch.Tensor, Routing]:
+        self,
+        x_BSD: torch.Tensor,
+        mask_BS: torch.Tensor | None,
+        temperature: float | None,
+        input_ids_BS: torch.Tensor,
+    ) -> tuple[torch.Tensor, Routing | None]:
         if self.pre_norm:
             h_BSD = x_BSD + self.attention(self.attention_norm(x_BSD))
-            y_BSD, routing = self.some(self.some_norm(h_BSD), mask_BS, temperature, residual_BSD=h_BSD)
+            y_BSD, routing = self.mixer(self.mixer_norm(h_BSD), h_BSD, mask_BS, temperature, input_ids_BS)
             return h_BSD + y_BSD, routing
         h_BSD = self.attention_norm(x_BSD + self.attention(x_BSD))
-        y_BSD, routing = self.some(h_BSD, mask_BS, temperature)
-        return self.some_norm(h_BSD + y_BSD), routing
+        y_BSD, routing = self.mixer(h_BSD, h_BSD, mask_BS, temperature, input_ids_BS)
+        return self.mixer_norm(h_BSD + y_BSD), routing
 
 
 class Transformer(nn.Module):
     """See `build_model`."""
 
-    def __init__(self, config: ModelConfig, channel_mixers: list[SoMELayer]):
+    def __init__(self, config: ModelConfig, mixers: list[ChannelMixer]):
         super().__init__()
         self.config = config
         D = config.d_model
         self.embedding = nn.Embedding(config.vocab_size, D)
         nn.init.normal_(self.embedding.weight, std=D**-0.5 if config.embedding_init == "scaled" else 1.0)
         self.register_buffer("positions_SD", sinusoidal_positions(config.max_seq_len, D), persistent=False)
-        self.blocks = nn.ModuleList(Block(config, mixer) for mixer in channel_mixers)
+        self.blocks = nn.ModuleList(Block(config, mixer) for mixer in mixers)
         # Without parameters: the head is affine and absorbs them, and both norm positions keep the same parameter count.
         self.final_norm = nn.LayerNorm(D, elementwise_affine=False) if config.norm_position == "pre" else nn.Identity()
         self.head = nn.Linear(D, config.vocab_size)
@@ -119,22 +123,21 @@ class Transformer(nn.Module):
         x_BSD = x_BSD + self.positions_SD[:S].to(x_BSD.dtype)
         routing = []
         for block in self.blocks:
-            x_BSD, record = block(x_BSD, mask_BS, temperature)
-            routing.append(record)
+            x_BSD, record = block(x_BSD, mask_BS, temperature, input_ids_BS)
+            if record is not None:
+                routing.append(record)
         x_BSD = self.final_norm(x_BSD)
 
         logits_BSV = self.head(x_BSD)
         if targets_BS is None:
             return ModelOutput(logits=logits_BSV, losses_T=None, routing=routing)
-        losses_N = F.cross_entropy(
-            logits_BSV.flatten(0, 1).float(), targets_BS.flatten(), ignore_index=NO_TARGET, reduction="none"
-        )
+        losses_N = cross_entropy(logits_BSV.flatten(0, 1), targets_BS.flatten())
         return ModelOutput(logits=None, losses_T=losses_N[targets_BS.flatten() != NO_TARGET], routing=routing)
 
     @property
     def some_layers(self) -> list[SoMELayer]:
-        """The SoME layers, first to last."""
-        return [block.some for block in self.blocks]
+        """The SoME layers, first to last; none in a model with another channel mixer."""
+        return [block.mixer.some for block in self.blocks if block.mixer.some is not None]
 
 
 def sinusoidal_positions(length: int, d_model: int) -> torch.Tensor:
@@ -166,5 +169,5 @@ def build_model(
     # Linear and embedding layers draw from the global generator: seed it for the draw and put it back.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "core"))
-        mixers = [SoMELayer(config.some, layer, seed, ep_group, pool_dtype, device) for layer in range(config.num_layers)]
+        mixers = [ChannelMixer(config, layer, seed, ep_group, pool_dtype, device) for layer in range(config.num_layers)]
         return Transformer(config, mixers).to(device)

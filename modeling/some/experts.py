@@ -22,11 +22,17 @@ from modeling.seeding import derive_generator
 
 
 def expert_weights(
-    seed: int, layer: int, expert: int, init: str, d_model: int, d_ffn: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """One expert's `(w_down_FD, w_up_DF)` in fp32; its biases are zero in every init here (specs section 2)."""
+    config: SoMEConfig, seed: int, layer: int, expert: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One expert's `(w_down_FD, w_up_DF, b_down_F, b_up_D)` in fp32 (specs section 2)."""
+    D, H, gain = config.d_model, config.d_ffn, config.expert_gain
     generator = derive_generator(seed, "expert", layer, expert)
-    return (_draw(init, d_ffn, d_model, generator), _draw(init, d_model, d_ffn, generator))
+    w_down_FD, w_up_DF = _draw(config.expert_init, H, D, generator), _draw(config.expert_init, D, H, generator)
+    b_down_F, b_up_D = torch.zeros(H), torch.zeros(D)
+    if config.expert_bias == "torch":
+        b_down_F.uniform_(-(D**-0.5), D**-0.5, generator=generator)
+        b_up_D.uniform_(-(H**-0.5), H**-0.5, generator=generator)
+    return w_down_FD, gain * w_up_DF, b_down_F, gain * b_up_D
 
 
 def _draw(init: str, rows: int, columns: int, generator: torch.Generator) -> torch.Tensor:
@@ -89,10 +95,10 @@ class FrozenExpertPool(nn.Module):
 
     def _materialise(self, slot: int) -> None:
         """Write one expert straight into its place; the fp32 draw of a single expert is all that exists besides."""
-        c = self.config
-        w_down_FD, w_up_DF = expert_weights(self.seed, self.layer, self.expert_ids[slot], c.expert_init, c.d_model, c.d_ffn)
-        self.w_down_eFD[slot].copy_(w_down_FD)
-        self.w_up_eDF[slot].copy_(w_up_DF)
+        weights = expert_weights(self.config, self.seed, self.layer, self.expert_ids[slot])
+        places = (self.w_down_eFD, self.w_up_eDF, self.b_down_eF, self.b_up_eD)
+        for place, weight in zip(places, weights, strict=True):
+            place[slot].copy_(weight)
 
     def forward(
         self, x_TD: torch.Tensor, gates_R: torch.Tensor, tokens_R: torch.Tensor, rows_e: Sequence[int]
@@ -219,11 +225,13 @@ def pool_manifest(config: SoMEConfig, num_layers: int, seed: int) -> dict:
     with _one_thread_each():
         for layer in (0, num_layers - 1):
             for expert in (0, config.num_experts - 1):
-                for weight in expert_weights(seed, layer, expert, config.expert_init, config.d_model, config.d_ffn):
+                for weight in expert_weights(config, seed, layer, expert):
                     digest.update(weight.numpy())
     return {
         "seed": seed,
         "init": config.expert_init,
+        "bias": config.expert_bias,
+        "gain": config.expert_gain,
         "num_layers": num_layers,
         "num_experts": config.num_experts,
         "d_model": config.d_model,

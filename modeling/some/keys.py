@@ -1,79 +1,24 @@
 """The key store: which token goes to which expert, learned by rule.
 
-After an optimizer step every layer's keys move by sums over the step's real tokens (specs 3.10): counts per expert and
-slot, query sums and co-selection counts. Sums of shards add up, so they are accumulated over micro batches, all-reduced
-over ranks, and then every rank applies the same update to bitwise equal keys.
-
-The rule here is v4 (specs 3.8): usage average, attraction slot by slot, peer pull, normalisation, decay.
+After an optimizer step every layer's keys move by sums over the step's tokens: counts per expert and slot, query sums and
+co-selection counts. The sums are all-reduced, and then every rank applies the same update to bitwise equal keys. What an
+update does is decided by the switches of `KeyRules`; it always runs in the order usage, attraction, peer pull, decay or
+normalisation, respawn (specs 3.8).
 
 Shapes: T tokens, D width, E experts, K slots (the k-th choice of a token).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from modeling.config import KeyRules
+from modeling.key_rules import KeyRules
 from modeling.seeding import derive_generator
-
-
-@dataclass
-class KeyStatistics:
-    """Sums over tokens of one layer: all that an update needs.
-
-    `counts_EK` int32 tokens with expert e in slot k; `pairs_EE` int32 tokens with both experts, diagonal 0; `query_sums_KED`
-    fp32 sum of the queries with expert e in slot k; `gate_mass_E` fp32 sum of gates.
-    """
-
-    counts_EK: torch.Tensor
-    pairs_EE: torch.Tensor
-    query_sums_KED: torch.Tensor
-    gate_mass_E: torch.Tensor
-
-    @staticmethod
-    def of(
-        num_experts: int,
-        queries_TD: torch.Tensor,
-        expert_ids_TK: torch.Tensor,
-        gates_TK: torch.Tensor | None = None,
-        mask_T: torch.Tensor | None = None,
-    ) -> "KeyStatistics":
-        """Sums over the tokens where `mask_T` (all when None)."""
-        if mask_T is not None:
-            queries_TD, expert_ids_TK = queries_TD[mask_T], expert_ids_TK[mask_T]
-            gates_TK = None if gates_TK is None else gates_TK[mask_T]
-        E, K, D = num_experts, expert_ids_TK.shape[1], queries_TD.shape[1]
-        slots_TK = expert_ids_TK * K + torch.arange(K, device=expert_ids_TK.device)
-        counts = _count(slots_TK.flatten(), E * K).view(E, K)
-
-        left, right = torch.triu_indices(K, K, offset=1, device=expert_ids_TK.device)
-        pairs = _count((expert_ids_TK[:, left] * E + expert_ids_TK[:, right]).flatten(), E * E).view(E, E)
-
-        query_sums = queries_TD.new_zeros(K, E, D, dtype=torch.float32)
-        for slot in range(K):
-            query_sums[slot].index_add_(0, expert_ids_TK[:, slot], queries_TD.float())
-        gate_mass = torch.zeros(E, device=queries_TD.device)
-        if gates_TK is not None:
-            gate_mass.index_add_(0, expert_ids_TK.flatten(), gates_TK.float().flatten())
-        return KeyStatistics(counts, pairs + pairs.T, query_sums, gate_mass)
-
-    def add_(self, other: "KeyStatistics") -> "KeyStatistics":
-        """Add the sums of other tokens in place."""
-        self.counts_EK += other.counts_EK
-        self.pairs_EE += other.pairs_EE
-        self.query_sums_KED += other.query_sums_KED
-        self.gate_mass_E += other.gate_mass_E
-        return self
-
-
-def _count(index_N: torch.Tensor, size: int) -> torch.Tensor:
-    """How often each of 0 .. size-1 occurs; integer sums, so the order of addition cannot matter."""
-    counts = torch.zeros(size, dtype=torch.int32, device=index_N.device)
-    return counts.index_add_(0, index_N, torch.ones_like(index_N, dtype=torch.int32))
+from modeling.some.respawn import Candidates, respawned_keys
+from modeling.some.statistics import KeyStatistics
 
 
 class KeyStore(nn.Module):
@@ -81,19 +26,22 @@ class KeyStore(nn.Module):
 
     Attributes:
         keys: (E, D) fp32; rows start as random unit vectors.
-        usage: (E,) fp32 moving average of the tokens an expert gets per update.
-        usage_mass: (E,) fp32 the same of gate weight; for metrics.
+        usage: (E,) fp32, what `KeyRules.usage` says of the tokens that an expert gets.
+        usage_mass: (E,) fp32 the same of gate weight, unnormalised; for metrics.
+        health: (E,) fp32 in (0, 1]; moves with `decay = health` only.
+        respawns: () int64, keys put on a token since the start.
         steps: int, updates applied.
-        respawns: int, keys drawn anew since the start; rule v4 has no respawn, so it stays 0.
     """
 
     def __init__(self, num_experts: int, d_model: int, top_k: int, rules: KeyRules, seed: int = 0, layer: int = 0):
         super().__init__()
-        self.top_k, self.rules, self.steps, self.respawns = top_k, rules, 0, 0
+        self.top_k, self.rules, self.seed, self.layer, self.steps = top_k, rules, seed, layer, 0
         keys = torch.randn(num_experts, d_model, generator=derive_generator(seed, "keys", layer))
         self.register_buffer("keys", F.normalize(keys, dim=-1))
         self.register_buffer("usage", torch.zeros(num_experts))
         self.register_buffer("usage_mass", torch.zeros(num_experts))
+        self.register_buffer("health", torch.ones(num_experts))
+        self.register_buffer("respawns", torch.zeros((), dtype=torch.int64))
 
     def _apply(self, fn, recurse=True):
         """Follow a move to another device but not a change of dtype: routing and keys are fp32."""
@@ -116,50 +64,139 @@ class KeyStore(nn.Module):
         mask_T: torch.Tensor | None = None,
         generator: torch.Generator | None = None,
         group: dist.ProcessGroup | None = None,
+        token_ids_T: torch.Tensor | None = None,
     ) -> None:
         """One update from one batch of tokens.
 
         Args:
-            queries_TD: fp32 unit queries.
+            queries_TD: fp32 queries.
             expert_ids_TK: int64 chosen experts, best first.
             gates_TK: fp32 gates, for `usage_mass`.
             mask_T: bool, the tokens that count; all when None.
-            generator: for rules that draw at random; v4 does not.
+            generator: seeds the draw of a respawn, equally on every rank; None = the store's seed, layer and step do.
             group: ranks over which the sums are all-reduced; None = this rank alone.
+            token_ids_T: int64, distinct over all ranks; None = the tokens' places, rank after rank.
         """
-        del generator
-        statistics = KeyStatistics.of(len(self.keys), queries_TD, expert_ids_TK, gates_TK, mask_T)
+        if token_ids_T is None:
+            token_ids_T = torch.arange(len(queries_TD), device=queries_TD.device) + _tokens_before(len(queries_TD), group)
+        seed = None if generator is None else int(torch.randint(2**62, (), generator=generator))
+        candidates = self.candidates(queries_TD, token_ids_T, mask_T, seed)
+        statistics = KeyStatistics.of(len(self.keys), queries_TD, expert_ids_TK, gates_TK, mask_T, candidates)
         update_key_stores([self], [statistics], group)
+
+    def candidates(
+        self,
+        queries_TD: torch.Tensor,
+        token_ids_T: torch.Tensor,
+        mask_T: torch.Tensor | None = None,
+        seed: int | None = None,
+    ) -> Candidates | None:
+        """The tokens of this batch on which the next update may put dead keys; None where the rule never does."""
+        if self.rules.respawn_threshold == 0:
+            return None
+        if mask_T is not None:
+            queries_TD, token_ids_T = queries_TD[mask_T], token_ids_T[mask_T]
+        seed = self.seed if seed is None else seed
+        return Candidates.of(queries_TD, token_ids_T, len(self.keys), seed, self.layer, self.steps + 1)
+
+    def count_usage(self, counts_EK: torch.Tensor) -> None:
+        """Take one step's counts into `usage` (specs 3.2)."""
+        counts_E = counts_EK.sum(1)
+        if self.rules.usage == "share":
+            counts_E = counts_E / counts_E.sum().clamp(min=1)
+        self.average(self.usage, counts_E)
+
+    def mass(self, counts_E: torch.Tensor) -> torch.Tensor:
+        """(E,) what divides the moves of an expert: 1 + usage, or with shares max(n_e, K T uhat_e)."""
+        if self.rules.usage == "share":
+            return torch.maximum(counts_E.float(), counts_E.sum() * self.share())
+        return 1 + self.usage
+
+    def share(self) -> torch.Tensor:
+        """(E,) the average share of all choices, with the bias of the first updates taken out."""
+        return self.usage / (1 - self.rules.ema_decay**self.steps)
 
     def attraction(self, counts_EK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What the K sequential attraction steps do to a key, as one affine map (specs 3.3).
 
-        With eta_k = alpha n_k / (1 + u), slot after slot: key <- (1 - eta_k) key + alpha / (1 + u) * query_sum_k. Unrolled:
-        key <- keep_E * key + sum_k weights_EK * query_sum_k.
+        With eta_k = alpha n_k / m, slot after slot: key <- (1 - eta_k) key + alpha / m * query_sum_k. Unrolled:
+        key <- keep_E * key + sum_k weights_EK * query_sum_k. Where only winners attract, the first slot is all there is.
         """
-        step_E = self.rules.alpha / (1 + self.usage) if self.rules.use_alpha else torch.zeros_like(self.usage)
-        shrink_EK = 1 - step_E[:, None] * counts_EK
+        rules = self.rules
+        step_E = _ratio(torch.full_like(self.usage, rules.alpha * rules.use_alpha), self.mass(counts_EK.sum(1)))
         keep_E = torch.ones_like(self.usage)
-        weights_EK = torch.empty_like(shrink_EK)
-        for slot in reversed(range(self.top_k)):
+        weights_EK = torch.zeros(counts_EK.shape, device=keep_E.device)
+        slots = self.top_k if rules.attract == "slots" else 1
+        for slot in reversed(range(slots)):
             weights_EK[:, slot] = step_E * keep_E
-            keep_E = keep_E * shrink_EK[:, slot]
+            keep_E = keep_E * (1 - step_E * counts_EK[:, slot])
         return keep_E, weights_EK
 
-    def apply_update(self, keep_E: torch.Tensor, pull_ED: torch.Tensor, pairs_EE: torch.Tensor) -> None:
-        """Move the keys: attraction (`keep_E`, `pull_ED`), peer pull (`pairs_EE`), normalisation, decay."""
+    def move_keys(self, keep_E: torch.Tensor, pull_ED: torch.Tensor, pairs_EE: torch.Tensor, counts_E: torch.Tensor) -> None:
+        """Attraction (`keep_E`, `pull_ED`), peer pull (`pairs_EE`), decay and normalisation."""
         rules = self.rules
         keys_ED = keep_E[:, None] * self.keys + pull_ED
         if rules.use_beta and self.top_k > 1:
-            mass_E = 1 + self.usage
-            weights_EE = rules.beta * pairs_EE / torch.minimum(mass_E[:, None], mass_E)
+            weights_EE = rules.beta * _ratio(pairs_EE.float(), self._peer_mass(counts_E))
             keys_ED = keys_ED + weights_EE @ keys_ED - weights_EE.sum(1, keepdim=True) * keys_ED
-        keys_ED = F.normalize(keys_ED, dim=-1)
-        used_u = self.usage[self.usage > 0]
-        if rules.use_delta and self.steps > rules.warmup_steps and len(used_u):
-            rare_E = self.usage < torch.quantile(used_u, rules.theta_percentile)
-            keys_ED = torch.where(rare_E[:, None], (1 - rules.delta) * keys_ED, keys_ED)
+        if rules.decay == "before":
+            keys_ED = self._decayed(keys_ED)
+        keys_ED = self._normalised(keys_ED, counts_E)
+        if rules.decay == "after":
+            keys_ED = self._decayed(keys_ED)
+        if rules.decay == "health" and self._decays_now:
+            rare_E = self.share() < rules.theta_percentile / len(self.keys)
+            self.health.copy_(torch.where(rare_E, (1 - rules.delta) * self.health, 1.0))
         self.keys.copy_(keys_ED)
+
+    def dead_experts(self) -> torch.Tensor:
+        """(n,) int64, the experts to respawn."""
+        measure_E = self.health if self.rules.decay == "health" else self.keys.norm(dim=-1)
+        return (measure_E < self.rules.respawn_threshold).nonzero().flatten()
+
+    def respawn(self, dead_n: torch.Tensor, candidates: Candidates) -> None:
+        """Put each dead key on one of the candidate tokens (specs 3.7)."""
+        self.keys[dead_n] = respawned_keys(candidates)
+        self.usage[dead_n] = (1 - self.rules.ema_decay**self.steps) / len(self.keys) if self.rules.usage == "share" else 0.0
+        self.usage_mass[dead_n] = 0.0
+        self.health[dead_n] = 1.0
+        self.respawns += len(dead_n)
+
+    def average(self, average_E: torch.Tensor, new_E: torch.Tensor) -> None:
+        """Take one step's sums into an average (or a total, where the rule keeps one)."""
+        if self.rules.usage == "total":
+            average_E += new_E
+        else:
+            average_E.mul_(self.rules.ema_decay).add_(new_E, alpha=1 - self.rules.ema_decay)
+
+    def _peer_mass(self, counts_E: torch.Tensor) -> torch.Tensor:
+        """(E, E): row i holds what divides the pull of every j on i."""
+        mass_E = self.mass(counts_E)
+        if self.rules.peer_mass == "own":
+            return ((self.top_k - 1) * mass_E)[:, None].expand(-1, len(mass_E))
+        choose = torch.minimum if self.rules.peer_mass == "min" else torch.maximum
+        return choose(mass_E[:, None], mass_E)
+
+    @property
+    def _decays_now(self) -> bool:
+        return self.rules.use_delta and self.steps > self.rules.warmup_steps
+
+    def _decayed(self, keys_ED: torch.Tensor) -> torch.Tensor:
+        """Keys of experts below the usage quantile, shortened (specs 3.6)."""
+        used_u = self.usage[self.usage > 0]
+        if not self._decays_now or not len(used_u):
+            return keys_ED
+        rare_E = self.usage < torch.quantile(used_u, self.rules.theta_percentile)
+        return torch.where(rare_E[:, None], (1 - self.rules.delta) * keys_ED, keys_ED)
+
+    def _normalised(self, keys_ED: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:
+        if self.rules.normalise == "none":
+            return keys_ED
+        unit_ED = F.normalize(keys_ED, dim=-1)
+        if self.rules.normalise == "all":
+            return unit_ED
+        chosen_E = counts_E > 0 if self.rules.normalise == "used" else keys_ED.norm(dim=-1) > 1
+        return torch.where(chosen_E[:, None], unit_ED, keys_ED)
 
 
 @torch.no_grad()
@@ -169,17 +206,18 @@ def update_key_stores(
     """One update of every layer's key store from its statistics, summed over the ranks of `group` (None = this rank).
 
     Two collectives for all layers together: integer counts first; with the global counts known, the K attraction slots
-    fold into one (E, D) sum a layer, which is the second.
+    fold into one (E, D) sum a layer, which is the second. A layer with dead keys gathers candidates in two more.
     """
+    if not stores:
+        return
     counts = [s.counts_EK for s in statistics]
     pairs = [s.pairs_EE for s in statistics]
     _all_reduce_together([*counts, *pairs], group)
 
     maps = []
     for store, stats in zip(stores, statistics, strict=True):
-        rho = store.rules.ema_decay
         store.steps += 1
-        store.usage.mul_(rho).add_(stats.counts_EK.sum(1), alpha=1 - rho)
+        store.count_usage(stats.counts_EK)
         maps.append(store.attraction(stats.counts_EK))
     pulls = [
         torch.einsum("ek,ked->ed", weights_EK, stats.query_sums_KED)
@@ -188,9 +226,29 @@ def update_key_stores(
     masses = [s.gate_mass_E for s in statistics]
     _all_reduce_together([*pulls, *masses], group)
 
-    for store, (keep_E, _), pull_ED, pairs_EE, mass_E in zip(stores, maps, pulls, pairs, masses, strict=True):
-        store.usage_mass.mul_(store.rules.ema_decay).add_(mass_E, alpha=1 - store.rules.ema_decay)
-        store.apply_update(keep_E, pull_ED, pairs_EE)
+    for store, stats, (keep_E, _), pull_ED in zip(stores, statistics, maps, pulls, strict=True):
+        counts_E = stats.counts_EK.sum(1)
+        store.average(store.usage_mass, stats.gate_mass_E)
+        store.move_keys(keep_E, pull_ED, stats.pairs_EE, counts_E)
+        if store.rules.respawn_threshold > 0:
+            dead_n = store.dead_experts()
+            # With fewer tokens than dead keys nothing is drawn (specs 3.9).
+            if 0 < len(dead_n) * store.top_k <= int(counts_E.sum()):
+                store.respawn(dead_n, stats.candidates.gather(len(dead_n), group))
+
+
+def _ratio(numerator: torch.Tensor, mass: torch.Tensor) -> torch.Tensor:
+    """numerator / mass; 0 where there is no mass, since nothing moves there."""
+    return torch.where(mass > 0, numerator / mass, 0.0)
+
+
+def _tokens_before(tokens: int, group: dist.ProcessGroup | None) -> int:
+    """How many tokens the ranks before this one hold."""
+    if group is None:
+        return 0
+    counts: list[int | None] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(counts, tokens, group=group)
+    return sum(counts[: dist.get_rank(group)])
 
 
 def _all_reduce_together(tensors: list[torch.Tensor], group: dist.ProcessGroup | None) -> None:
@@ -207,7 +265,7 @@ def key_store_hashes(stores: Sequence[KeyStore]) -> torch.Tensor:
     """(L,) int64, one hash per layer of the exact bytes of keys and usage; cheap enough to compare often."""
     hashes = []
     for store in stores:
-        bits = torch.cat([store.keys.flatten(), store.usage]).view(torch.int32).to(torch.int64)
+        bits = torch.cat([store.keys.flatten(), store.usage, store.health]).view(torch.int32).to(torch.int64)
         weights = torch.arange(1, len(bits) + 1, device=bits.device) * 2654435761
         hashes.append((bits * weights).sum())
     return torch.stack(hashes)

@@ -8,11 +8,12 @@ import torch.distributed as dist
 from torch import nn
 
 from modeling.config import SoMEConfig
+from modeling.seeding import derive_generator
 from modeling.some.exchange import AllToAllExchange, LocalExchange
 from modeling.some.experts import FrozenExpertPool
 from modeling.some.keys import KeyStore
 from modeling.some.placement import Placement
-from modeling.some.router import QueryNetwork, Routing, route
+from modeling.some.router import QueryNetwork, Routing, fixed_route, route
 
 
 class SoMELayer(nn.Module):
@@ -46,9 +47,11 @@ class SoMELayer(nn.Module):
         self.exchange = LocalExchange() if ep_size == 1 else AllToAllExchange(self.placement, ep_group)
         expert_ids = self.placement.experts_of(0 if ep_size == 1 else dist.get_rank(ep_group))
 
-        self.query = QueryNetwork(config).to(device)
+        self.query = QueryNetwork(config).to(device) if config.routing == "learned" else None
         self.store = KeyStore(config.num_experts, config.d_model, config.top_k, config.rules, seed, layer).to(device)
         self.pool = FrozenExpertPool(config, layer, seed, expert_ids, pool_dtype, device)
+        swap_E = torch.randperm(config.num_experts, generator=derive_generator(seed, "swap", layer))
+        self.register_buffer("swap_E", swap_E.to(device), persistent=False)
 
     def forward(
         self,
@@ -56,6 +59,7 @@ class SoMELayer(nn.Module):
         mask_BS: torch.Tensor | None = None,
         temperature: float | None = None,
         residual_BSD: torch.Tensor | None = None,
+        input_ids_BS: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, Routing]:
         """What the experts add to the residual stream, and how the tokens were routed.
 
@@ -65,6 +69,7 @@ class SoMELayer(nn.Module):
             temperature: of the gates; None = the config's, for training or evaluation.
             residual_BSD: the stream that the output is added to, for the measure RMS(experts) / RMS(residual);
                 None = `x_BSD`.
+            input_ids_BS: int64 vocabulary ids; only hash routing looks at them.
 
         Returns:
             (B, S, D) in the dtype of `x_BSD`, without the residual, and a `Routing` of the T real tokens.
@@ -73,11 +78,18 @@ class SoMELayer(nn.Module):
         x_TD = x_BSD[real_BS].reshape(-1, x_BSD.shape[-1])
         residual_TD = x_TD if residual_BSD is None else residual_BSD[real_BS].reshape(x_TD.shape)
 
-        # On padding too, then dropped: so the shapes of the products repeat from batch to batch and kernels that are
-        # compiled for a shape are reused.
-        queries_TD = self.query(x_BSD)[real_BS].reshape(x_TD.shape)
-        gates_TK, expert_ids_TK = route(queries_TD, self.store.keys, self.config.top_k, self._temperature(temperature))
-        y_TD = self.exchange(x_TD, gates_TK, expert_ids_TK, self.pool)
+        if self.query is None:
+            queries_TD = x_TD.float()
+            gates_TK, expert_ids_TK = fixed_route(
+                self.config, input_ids_BS[real_BS].flatten(), self.store.seed, self.store.layer
+            )
+        else:
+            # On padding too, then dropped: so the shapes of the products repeat from batch to batch and kernels that are
+            # compiled for a shape are reused.
+            queries_TD = self.query(x_BSD)[real_BS].reshape(x_TD.shape)
+            gates_TK, expert_ids_TK = route(queries_TD, self.store.keys, self.config.top_k, self._temperature(temperature))
+        swaps = self.config.permute_in_evaluation and not self.training
+        y_TD = self.exchange(x_TD, gates_TK, self.swap_E[expert_ids_TK] if swaps else expert_ids_TK, self.pool)
 
         if mask_BS is None:
             y_BSD = y_TD.view_as(x_BSD)

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from modeling.config import SoMEConfig
+from modeling.seeding import derive_seed
+from modeling.some.respawn import token_priorities
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,17 +31,45 @@ class Routing:
 
 
 class QueryNetwork(nn.Sequential):
-    """Maps a token to its unit query. Initialised like torch's own linear layers."""
+    """Maps a token to its query."""
 
     def __init__(self, config: SoMEConfig):
         D, H = config.d_model, config.router_hidden
         linear = [nn.Linear(D, D)]
         mlp = [nn.Linear(D, H), nn.GELU(), nn.Linear(H, D)]
         super().__init__(*(linear if config.router == "linear" else mlp))
+        self.normalise = config.normalise_query
+        if config.router_init == "normal":
+            for module in self:
+                if isinstance(module, nn.Linear):
+                    nn.init.normal_(module.weight, std=0.02)
+                    nn.init.zeros_(module.bias)
+        self.requires_grad_(config.train_router)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., D) any floating dtype to fp32 rows of norm 1."""
-        return F.normalize(super().forward(x).float(), dim=-1, eps=1e-12)
+        """(..., D) any floating dtype to fp32 rows, of norm 1 unless the config says otherwise."""
+        query = super().forward(x).float()
+        return F.normalize(query, dim=-1, eps=1e-12) if self.normalise else query
+
+
+def fixed_route(config: SoMEConfig, token_ids_T: torch.Tensor, seed: int, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`(gates_TK fp32, expert_ids_TK int64)` of the routings that learn nothing, with equal gates.
+
+    Args:
+        config: `routing` hash: K distinct experts that are a random function of the token's id and the layer (Roller et al.
+            2021, Hash Layers); shared: the first K experts.
+        token_ids_T: int64 vocabulary ids.
+        seed: with the layer it decides the hash.
+        layer: index of the layer.
+    """
+    E, K = config.num_experts, config.top_k
+    experts_E = torch.arange(E, device=token_ids_T.device)
+    if config.routing == "hash":
+        scores_TE = token_priorities(token_ids_T[:, None] * E + experts_E, derive_seed(seed, "hash", layer))
+        expert_ids_TK = scores_TE.topk(K, dim=-1).indices
+    else:
+        expert_ids_TK = experts_E[:K].repeat(len(token_ids_T), 1)
+    return torch.full(expert_ids_TK.shape, 1 / K, device=token_ids_T.device), expert_ids_TK
 
 
 def route(

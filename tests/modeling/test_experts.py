@@ -49,20 +49,20 @@ def test_bf16_is_the_rounded_fp32_pool():
 
 
 def test_default_init_is_uniform_by_fan_in():
-    down, up = expert_weights(0, 0, 0, "default", d_model=64, d_ffn=256)
+    down, up = expert_weights(SoMEConfig(d_model=64, d_ffn=256), 0, 0, 0)[:2]
     for weight, fan_in in ((down, 64), (up, 256)):
         assert weight.abs().max() <= 1 / math.sqrt(fan_in)
         assert weight.std() == pytest.approx(1 / math.sqrt(3 * fan_in), rel=0.02)
 
 
 def test_orthogonal_init_has_orthonormal_columns_or_rows():
-    down, up = expert_weights(0, 0, 0, "orthogonal", d_model=16, d_ffn=40)
+    down, up = expert_weights(SoMEConfig(d_model=16, d_ffn=40, expert_init="orthogonal"), 0, 0, 0)[:2]
     torch.testing.assert_close(down.T @ down, torch.eye(16), atol=1e-5, rtol=0)
     torch.testing.assert_close(up @ up.T, torch.eye(16), atol=1e-5, rtol=0)
 
 
 def test_sparse_init_zeroes_half_of_every_column():
-    for weight in expert_weights(0, 0, 0, "sparse", d_model=15, d_ffn=101):
+    for weight in expert_weights(SoMEConfig(d_model=15, d_ffn=101, expert_init="sparse"), 0, 0, 0)[:2]:
         zeros = (weight == 0).sum(dim=0)
         assert (zeros == math.ceil(weight.shape[0] / 2)).all()
         assert weight[weight != 0].std() == pytest.approx(0.01, rel=0.1)

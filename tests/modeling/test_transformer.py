@@ -28,11 +28,11 @@ def oracle_logits(model, ids_S):
                 "attn_out_bias": block.attention.out.bias,
                 "norm1_weight": block.attention_norm.weight,
                 "norm1_bias": block.attention_norm.bias,
-                "norm2_weight": block.some_norm.weight,
-                "norm2_bias": block.some_norm.bias,
+                "norm2_weight": block.mixer_norm.weight,
+                "norm2_bias": block.mixer_norm.bias,
             }
         )
-        mixers.append(lambda h_SD, some=block.some: mix(some, h_SD))
+        mixers.append(lambda h_SD, some=block.mixer.some: mix(some, h_SD))
     tensors = {
         "embedding_VD": model.embedding.weight,
         "head_weight_VD": model.head.weight,

@@ -15,15 +15,14 @@ Number = TypeVar("Number", float, Tensor)
 def learning_rate(step: int, *, peak: float, warmup_steps: int, total_steps: int, min_ratio: float = 0.0) -> float:
     """Rate of step 0, 1, ..., total_steps - 1: linear warm-up, then a cosine down to min_ratio * peak.
 
-    peak 1, warm-up 4, total 9, floor 0.1: 0.25, 0.5, 0.75, 1, 1, 0.868, 0.55, 0.232, 0.1.
-    A cosine of a single step (total_steps = warmup_steps + 1) is at peak; steps after the last keep the last rate.
+    peak 1, warm-up 4, total 8, floor 0.1: 0.25, 0.5, 0.75, 1, 1, 0.868, 0.55, 0.232 (and 0.1 when it is over).
+    A cosine of a single step (total_steps = warmup_steps + 1) is at peak.
     """
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
-    last = total_steps - 1
-    if last <= warmup_steps:
+    if total_steps <= warmup_steps:
         return peak
-    progress = min(1.0, (step - warmup_steps) / (last - warmup_steps))
+    progress = min(1.0, (step - warmup_steps) / (total_steps - warmup_steps))
     return peak * (min_ratio + (1 - min_ratio) * (1 + math.cos(math.pi * progress)) / 2)
 
 
