@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from modeling.some import KeyStore
 from trainer.engine import MOMENTS, CoreState
 
-FORMAT = "some-checkpoint-1"
+FORMAT = "some-checkpoint-2"
 POINTER = "latest"
 CORE, OPTIMIZER, KEYS = FILES = ("core.safetensors", "optimizer.safetensors", "keys.safetensors")
 

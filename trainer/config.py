@@ -14,8 +14,11 @@ from typing import Any
 
 import yaml
 
-from modeling.config import RULE_PRESETS, KeyRules, ModelConfig
+from modeling.config import ModelConfig
+from modeling.key_rules import RULE_PRESETS, KeyRules
+from trainer.controls import apply_control
 from trainer.data.config import DataConfig
+from trainer.published import merge, published_experiment, published_ids
 
 EXPERIMENTS_DIR = Path(__file__).parent / "experiments"
 
@@ -60,8 +63,11 @@ class TrainConfig:
     """AdamW's epsilon."""
     gradient_clipping: float = 1.0
     """Largest global gradient norm."""
-    eval_every: int = 500
-    """Steps between evaluations; there is always one at the end."""
+    temperature_end: float | None = None
+    """Once an epoch the gates' temperature falls linearly from model.some.temperature towards this, which it would reach
+    after the last epoch (published v3.5); null = it stays."""
+    eval_every: int | str = 500
+    """Steps between evaluations, or `epoch`; there is always one at the end."""
     deterministic: bool = True
     """Use deterministic kernels, so that a restart on the same ranks repeats every bit."""
 
@@ -72,10 +78,15 @@ class TrainConfig:
             "epochs",
             "learning_rate",
             "gradient_clipping",
-            "eval_every",
             "epsilon",
         ):
             _positive(f"train.{name}", getattr(self, name))
+        if isinstance(self.eval_every, str) and self.eval_every != "epoch":
+            raise ValueError(f"train.eval_every = {self.eval_every!r} must be a number of steps or epoch")
+        for name in ("eval_every", "temperature_end"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str):
+                _positive(f"train.{name}", value)
         if self.steps is not None:
             _positive("train.steps", self.steps)
         for name in ("min_learning_rate_ratio", "beta1", "beta2"):
@@ -165,6 +176,8 @@ class Experiment:
     """Names the default output folder."""
     seed: int = 0
     """Decides every random number: weights, experts, keys, data order."""
+    control: str | None = None
+    """Turns the model into a control of itself (see `trainer/controls.py`); null = the experiment as it is."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The model."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -180,14 +193,17 @@ class Experiment:
     sample: SampleConfig = field(default_factory=SampleConfig)
     """What a finished run prints."""
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "model", apply_control(self.model, self.control))
+
     def to_dict(self) -> dict:
         """Nested plain values; `experiment_from_dict` reads it back."""
         return dataclasses.asdict(self)
 
 
 def experiment_names() -> list[str]:
-    """The shipped experiments."""
-    return sorted(path.stem for path in EXPERIMENTS_DIR.glob("*.yaml"))
+    """The shipped experiments: our own, then the published runs."""
+    return [*sorted(path.stem for path in EXPERIMENTS_DIR.glob("*.yaml")), *published_ids()]
 
 
 def load_experiment(name: str = "quickstart", overrides: list[str] | None = None) -> Experiment:
@@ -218,6 +234,8 @@ def _read_experiment(name: str, seen: tuple[str, ...] = ()) -> dict:
     """The YAML's values on top of those of its `base`."""
     shipped = EXPERIMENTS_DIR / f"{name}.yaml"
     is_path = name.endswith((".yaml", ".yml"))
+    if name in published_ids():
+        return published_experiment(name)
     if not is_path and not shipped.exists():
         raise ValueError(f"--experiment {name}: unknown; {_nearest(name, experiment_names())}a YAML file's path also works")
     path = Path(name) if is_path else shipped
@@ -236,15 +254,7 @@ def _read_experiment(name: str, seen: tuple[str, ...] = ()) -> dict:
         return values
     if not isinstance(base, str) or base in seen:
         raise ValueError(f"base = {base!r} in {name}: must name another experiment, and not one that is built on this one")
-    return _merge(_read_experiment(base, (*seen, name)), values)
-
-
-def _merge(below: dict, above: dict) -> dict:
-    merged = dict(below)
-    for key, value in above.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
-    return merged
+    return merge(_read_experiment(base, (*seen, name)), values)
 
 
 def _parse_scalar(key: str, text: str) -> Any:

@@ -92,7 +92,7 @@ class Engine:
         """Gather the core from its shards; every rank takes part and gets it whole."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-        names = dict(self.model.named_parameters())
+        names = self._trained_parameters()
         return CoreState(
             parameters={name: safe_get_full_fp32_param(p).cpu() for name, p in names.items()},
             moments={
@@ -108,12 +108,16 @@ class Engine:
 
         for adam in self._adam_states():
             adam["step"].fill_(state.steps)
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in self._trained_parameters().items():
             value = state.parameters[name].to(parameter.device)
             parameter.data.copy_(value)
             safe_set_full_fp32_param(parameter, value)
             for moment in MOMENTS:
                 safe_set_full_optimizer_state(parameter, state.moments[moment][name].to(parameter.device), moment)
+
+    def _trained_parameters(self) -> dict[str, torch.nn.Parameter]:
+        """Without those that a control freezes: their values follow from the seed."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def _adam_states(self) -> list[dict]:
         """This rank's AdamW state of each flat parameter group."""

@@ -7,14 +7,24 @@ from tokenizers import Tokenizer
 from modeling import Transformer
 from modeling.seeding import derive_generator
 from trainer.config import SampleConfig
-from trainer.data import EOS_ID
+from trainer.data import RowLayout, eos_id
 
 
 @torch.no_grad()
-def generate(model: Transformer, tokenizer: Tokenizer, config: SampleConfig, seed: int, device: torch.device) -> str:
+def generate(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    layout: RowLayout,
+    config: SampleConfig,
+    seed: int,
+    device: torch.device,
+) -> str:
     """The prompt and what the model adds to it, up to the end of its story; a collective, the same text on every rank."""
     generator = derive_generator(seed, "sample")
-    ids = [EOS_ID, *tokenizer.encode(config.prompt).ids]
+    end = eos_id(tokenizer)
+    # As in training: chunks begin with the end of the document before, padded rows with their first word.
+    start = [end] if layout.rows == "chunks" else []
+    ids = [*start, *tokenizer.encode(config.prompt).ids]
     model.eval()
     for _ in range(config.tokens):
         window = ids[-model.config.max_seq_len :]
@@ -26,8 +36,8 @@ def generate(model: Transformer, tokenizer: Tokenizer, config: SampleConfig, see
         # Rounding may differ between ranks: rank 0's choice counts.
         next_id = next_id.to(device)
         dist.broadcast(next_id, src=0)
-        if next_id == EOS_ID:
+        if next_id == end:
             break
         ids.append(int(next_id))
     model.train()
-    return tokenizer.decode(ids[1:])
+    return tokenizer.decode(ids[len(start) :])

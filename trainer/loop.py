@@ -1,7 +1,7 @@
 """The training loop: one global batch a step, on however many ranks and micro batches.
 
-A step's loss is the sum over the real tokens of the global batch divided by their number, which every rank knows beforehand
-from the data order; so micro batches and ranks simply add up.
+A step's loss is the sum over the counted targets of the global batch divided by their number, which every rank knows
+beforehand from the data order; so micro batches and ranks simply add up.
 """
 
 import time
@@ -48,9 +48,14 @@ class Trainer:
         """The key store of every SoME layer."""
         return [layer.store for layer in self.engine.model.some_layers]
 
+    @property
+    def _eval_every(self) -> int:
+        every = self.experiment.train.eval_every
+        return self.order.steps_per_epoch if every == "epoch" else every
+
     def run(self, stop: int) -> None:
         """Train up to step `stop`, evaluating and saving on the way and at the end."""
-        train, checkpoint = self.experiment.train, self.experiment.checkpoint
+        checkpoint = self.experiment.checkpoint
         self._record(
             "start",
             step=self.state.step,
@@ -69,7 +74,7 @@ class Trainer:
             step, is_last = self.state.step, self.state.step == stop
             if step % self.experiment.parallel.check_every == 0 or is_last:
                 check_key_stores(self.stores, step)
-            is_best = (step % train.eval_every == 0 or is_last) and self._evaluate()
+            is_best = (step % self._eval_every == 0 or is_last) and self._evaluate()
             if step % checkpoint.every == 0 or is_last or is_best:
                 self._save()
         self.console.end()
@@ -81,6 +86,9 @@ class Trainer:
         step, train = self.state.step, self.experiment.train
         sequence_ids = self.order.sequence_ids(step)
         tokens = int(self.dataset.train.lengths[sequence_ids].sum())
+        # A batch of rows of one token has no target; its loss is 0.
+        targets = max(1, int(self.dataset.train.targets_per_row[sequence_ids].sum()))
+        temperature = self._temperature(step // self.order.steps_per_epoch)
         rate = learning_rate(step, self.state.total_steps, train)
 
         loss, result, statistics = torch.zeros((), device=self.engine.device), None, [None] * len(self.stores)
@@ -88,9 +96,13 @@ class Trainer:
             self.dataset.train, sequence_ids, dist.get_rank(), dist.get_world_size(), self.layout.micro_batch
         )
         for batch in batches:
-            micro_loss, routing = self._forward_backward(batch, tokens)
+            micro_loss, routing = self._forward_backward(batch, targets, temperature)
             loss += micro_loss
-            statistics = accumulate_statistics(statistics, routing, self.stores)
+            routed_BS = batch.attention_mask_BS
+            real_T, token_ids_T = batch.is_real_BS[routed_BS], batch.token_ids_BS[routed_BS]
+            statistics = accumulate_statistics(
+                statistics, routing, self.stores, real_T.to(self.engine.device), token_ids_T.to(self.engine.device)
+            )
             result = self.engine.end_micro_batch(rate)
         assert result is not None, "the last micro batch of a step is its accumulation boundary"
         if result.applied:
@@ -103,13 +115,24 @@ class Trainer:
         self.state.skipped += not result.applied
         self._report_step(float(loss), result, rate, tokens, time.perf_counter() - began)
 
-    def _forward_backward(self, batch: Batch, tokens: int) -> tuple[torch.Tensor, list]:
-        """This micro batch's share of the step's loss, and its routing."""
+    def _temperature(self, epoch: int) -> float | None:
+        """The gates' temperature in an epoch (from 0); None = the model's own."""
+        train, start = self.experiment.train, self.experiment.model.some.temperature
+        if train.temperature_end is None:
+            return None
+        return start - (start - train.temperature_end) * epoch / train.epochs
+
+    def _forward_backward(self, batch: Batch, targets: int, temperature: float | None) -> tuple[torch.Tensor, list]:
+        """This micro batch's share of the step's loss over `targets` targets, and its routing."""
         device = self.engine.device
+        mask_BS = batch.routing_mask
         out = self.engine.forward(
-            batch.input_ids_BS.to(device), batch.attention_mask_BS.to(device), targets_BS=batch.targets_BS.to(device)
+            batch.input_ids_BS.to(device),
+            None if mask_BS is None else mask_BS.to(device),
+            temperature=temperature,
+            targets_BS=batch.targets_BS.to(device),
         )
-        loss = out.losses_T.sum() / tokens
+        loss = out.losses_T.sum() / targets
         self.engine.backward(loss)
         return loss.detach(), out.routing
 
@@ -135,7 +158,9 @@ class Trainer:
     def _evaluate(self) -> bool:
         """Measure on the validation split; whether it is the best so far."""
         began = time.perf_counter()
-        measured = evaluate(self.engine.model, self.dataset.validation, self.layout.micro_batch, self.engine.device)
+        measured = evaluate(
+            self.engine.model, self.dataset.validation, self.experiment, self.layout.micro_batch, self.engine.device
+        )
         step, loss = self.state.step, measured["val_loss"]
         self.state.val_loss = loss
         is_best = self.state.best is None or loss < self.state.best["val_loss"]
@@ -145,9 +170,10 @@ class Trainer:
             "eval", step=step, epoch=step / self.order.steps_per_epoch, **measured, seconds=time.perf_counter() - began
         )
         experts = [layer["effective_experts"] for layer in measured["layers"]]
+        routed = f"; effective experts {min(experts):.1f} to {max(experts):.1f}" if experts else ""
         self.console.say(
             f"step {step}: validation loss {loss:.4f} nats/token (ppl {measured['val_ppl']:,.2f}, "
-            f"{measured['bits_per_byte']:.3f} bits/byte); effective experts {min(experts):.1f} to {max(experts):.1f}"
+            f"{measured['bits_per_byte']:.3f} bits/byte){routed}"
         )
         return is_best
 
@@ -171,6 +197,8 @@ def check_key_stores(stores: list[KeyStore], step: int) -> None:
     Raises:
         RuntimeError: on every rank, naming the layers that differ.
     """
+    if not stores:
+        return
     hashes_L = key_store_hashes(stores)
     extremes_2L = torch.cat([hashes_L, -hashes_L])
     dist.all_reduce(extremes_2L, op=dist.ReduceOp.MAX)

@@ -28,24 +28,32 @@ def gini(usage_E: torch.Tensor) -> float:
 
 def entropy_bits(usage_E: torch.Tensor) -> float:
     """Entropy of usage in bits, log2 K to log2 E; 2 to this power is the effective number of experts."""
-    share_E = usage_E.double() / usage_E.sum().clamp(min=1)
+    usage_E = usage_E.double()
+    share_E = usage_E / usage_E.sum().clamp(min=1e-30)
     share_E = share_E[share_E > 0]
     return float(-(share_E * share_E.log2()).sum()) + 0.0
 
 
 class RoutingMeter:
-    """Collects how each layer routes real tokens over an evaluation, on all ranks."""
+    """Collects how each layer routes tokens over an evaluation, on all ranks: the real ones, and all that are routed."""
 
     def __init__(self, stores: list[KeyStore]):
         self.stores = stores
         self._statistics: list[KeyStatistics | None] = [None] * len(stores)
-        self._squares_L2 = torch.zeros(len(stores), 2, dtype=torch.float64, device=stores[0].keys.device)
+        self._routed = [torch.zeros(len(store.keys), dtype=torch.int64, device=store.keys.device) for store in stores]
+        self._squares = [torch.zeros(2, dtype=torch.float64, device=store.keys.device) for store in stores]
+        self._gates = [torch.zeros(2, dtype=torch.float64, device=store.keys.device) for store in stores]
 
-    def add(self, routing: list[Routing]) -> None:
-        """Count one batch."""
-        self._statistics = accumulate_statistics(self._statistics, routing, self.stores)
-        squares = [torch.stack([r.output_square_sum, r.residual_square_sum]) for r in routing]
-        self._squares_L2 += torch.stack(squares).double()
+    def add(self, routing: list[Routing], real_T: torch.Tensor) -> None:
+        """Count one batch; `real_T` bool, the routed positions whose target is a real token."""
+        for layer, (record, store) in enumerate(zip(routing, self.stores, strict=True)):
+            new = KeyStatistics.of(len(store.keys), record.queries_TD, record.expert_ids_TK, record.gates_TK, real_T)
+            total = self._statistics[layer]
+            self._statistics[layer] = new if total is None else total.add_(new)
+            self._routed[layer] += torch.bincount(record.expert_ids_TK.flatten(), minlength=len(store.keys))
+            self._squares[layer] += torch.stack([record.output_square_sum, record.residual_square_sum]).double()
+            largest_T = record.gates_TK[real_T].amax(-1)
+            self._gates[layer] += torch.stack([largest_T.double().sum(), real_T.sum()])
 
     def result(self, ranks_of_experts: list[torch.Tensor]) -> list[dict[str, float]]:
         """One record a layer, from the sums over all ranks; a collective.
@@ -53,46 +61,65 @@ class RoutingMeter:
         Args:
             ranks_of_experts: per layer (E,) int64, the rank of the group that serves each expert.
         """
-        counts = torch.stack([s.counts_EK.sum(1) for s in self._statistics]).long()
-        pairs = torch.stack([s.pairs_EE for s in self._statistics]).long()
-        dist.all_reduce(counts)
-        dist.all_reduce(pairs)
-        dist.all_reduce(self._squares_L2)
-        return [
-            self._layer(layer, counts[layer], pairs[layer], ranks_of_experts[layer]) for layer in range(len(self.stores))
-        ]
+        for layer, stats in enumerate(self._statistics):
+            for sums in (stats.counts_EK, stats.pairs_EE, self._routed[layer], self._squares[layer], self._gates[layer]):
+                dist.all_reduce(sums)
+        return [self._layer(layer, ranks_of_experts[layer]) for layer in range(len(self.stores))]
 
-    def _layer(
-        self, layer: int, counts_E: torch.Tensor, pairs_EE: torch.Tensor, rank_of_E: torch.Tensor
-    ) -> dict[str, float]:
-        store, (E, K) = self.stores[layer], self._statistics[layer].counts_EK.shape
+    def _layer(self, layer: int, rank_of_E: torch.Tensor) -> dict[str, float]:
+        store, stats, routed_E = self.stores[layer], self._statistics[layer], self._routed[layer]
+        counts_E, (E, K) = stats.counts_EK.sum(1).long(), stats.counts_EK.shape
         load_P = torch.zeros(int(rank_of_E.max()) + 1, dtype=torch.int64).index_add_(0, rank_of_E.cpu(), counts_E.cpu())
         unit_ED = F.normalize(store.keys, dim=-1)
-        pair_total = int(pairs_EE.sum())
-        output, residual = self._squares_L2[layer].tolist()
+        pair_total = int(stats.pairs_EE.sum())
+        output, residual = self._squares[layer].tolist()
+        gates, tokens = self._gates[layer].tolist()
         bound = 1 - K / E
         raw_gini, entropy = gini(counts_E), entropy_bits(counts_E)
+        # With padding only where some is routed.
+        padded = {}
+        if int(routed_E.sum()) != int(counts_E.sum()):
+            padded = {"gini_with_padding": gini(routed_E), "entropy_bits_with_padding": entropy_bits(routed_E)}
         return {
             "layer": layer,
             "gini": raw_gini,
             "gini_of_bound": raw_gini / bound if bound else 0.0,
             "entropy_bits": entropy,
+            **padded,
+            # Of the moving average over training batches, the published measure (specs section 4).
+            "usage_gini": gini(store.usage),
+            "usage_entropy_bits": entropy_bits(store.usage),
             "effective_experts": 2**entropy,
             "experts_used": int((counts_E > 0).sum()),
             "load_max_over_mean": float(load_P.max() / load_P.double().mean().clamp(min=1e-9)),
             "output_over_residual": math.sqrt(output / residual) if residual else 0.0,
-            "coselected_cosine": float((pairs_EE * (unit_ED @ unit_ED.T)).sum() / pair_total) if pair_total else 0.0,
-            "respawns": store.respawns,
+            "coselected_cosine": float((stats.pairs_EE * (unit_ED @ unit_ED.T)).sum() / pair_total) if pair_total else 0.0,
+            "largest_gate": gates / tokens if tokens else 0.0,
+            "respawns": int(store.respawns),
         }
 
 
 def accumulate_statistics(
-    sums: list[KeyStatistics | None], routing: list[Routing], stores: list[KeyStore]
+    sums: list[KeyStatistics | None],
+    routing: list[Routing],
+    stores: list[KeyStore],
+    real_T: torch.Tensor,
+    token_ids_T: torch.Tensor,
 ) -> list[KeyStatistics]:
-    """Add one batch's routing to the sums of each layer; None starts a sum."""
+    """Add one batch's routing to the sums of each layer; None starts a sum.
+
+    Args:
+        sums: so far.
+        routing: of the batch, T routed positions.
+        stores: of the layers; their rules say which positions move keys.
+        real_T: bool, positions whose target is a real token.
+        token_ids_T: int64, distinct over the whole step.
+    """
     added = []
     for total, record, store in zip(sums, routing, stores, strict=True):
-        new = KeyStatistics.of(len(store.keys), record.queries_TD, record.expert_ids_TK, record.gates_TK)
+        mask_T = real_T if store.rules.token_mask == "targets" else None
+        candidates = store.candidates(record.queries_TD, token_ids_T, mask_T)
+        new = KeyStatistics.of(len(store.keys), record.queries_TD, record.expert_ids_TK, record.gates_TK, mask_T, candidates)
         added.append(new if total is None else total.add_(new))
     return added
 

@@ -34,25 +34,27 @@ class Plan:
 def make_plan(experiment: Experiment, layout: Layout, world_size: int, bf16: bool) -> Plan:
     """The plan of one rank."""
     model, some = experiment.model, experiment.model.some
+    has_some = model.channel_mixer == "some"
     D, H, E, K, L, V = model.d_model, some.d_ffn, some.num_experts, some.top_k, model.num_layers, model.vocab_size
     P, N, width = layout.ep_size, world_size, 2 if bf16 else 4
     counts = model.num_parameters()
     T = layout.micro_batch * model.max_seq_len
 
     # Kept for the backward per token and layer: residual, norms, qkv, attention and router inputs; h of its K rows.
-    per_token = L * (width * (12 * D + some.router_hidden * 2 + K * H) + 4 * (4 * D + 2 * E)) + 3 * 4 * V
+    mixer = width * (some.router_hidden * 2 + K * H) + 4 * 2 * E if has_some else width * 2 * (model.d_ffn or 0)
+    per_token = L * (width * 12 * D + 4 * 4 * D + mixer) + 3 * 4 * V
     copies_elsewhere = distinct_ranks(K, P, E) * (P - 1) / P
     tokens_per_step = T * layout.accumulation
     # Inputs and partial sums, each with its gradient; gates (fp32) and their gradient; slots (int32).
     row = 4 * width * D + 3 * 4 * K
     ring = (N - 1) / N
     return Plan(
-        pool=counts.frozen * width // P,
+        pool=counts.frozen * width // (P if has_some else 1),
         core=counts.trainable * 2 * width + 12 * counts.trainable // N,
         activations=T * per_token,
-        exchange_per_step=int(L * tokens_per_step * copies_elsewhere * row),
+        exchange_per_step=int(has_some * L * tokens_per_step * copies_elsewhere * row),
         gradients_per_step=int(counts.trainable * ring * (2 * 4 * layout.accumulation + width)),
-        keys_per_step=int(2 * ring * L * 4 * (E * K + E * E + E * D + E)),
+        keys_per_step=int(has_some * 2 * ring * L * 4 * (E * K + E * E + E * D + E)),
     )
 
 

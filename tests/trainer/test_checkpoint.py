@@ -98,7 +98,7 @@ def test_damaged_files_are_refused(tmp_path, name, damage):
         read_state(folder)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"format": "else"}', '{"format": "some-checkpoint-1", "x": 1}'])
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"format": "else"}', '{"format": "some-checkpoint-2", "x": 1}'])
 def test_foreign_checkpoints_are_refused(tmp_path, text):
     (tmp_path / "state.json").write_text(text)
     with pytest.raises(ValueError, match="not a checkpoint of this trainer") as refused:
@@ -136,5 +136,5 @@ def test_what_changes_no_number_may_change(tmp_path):
 
 def test_state_is_plain_json(tmp_path):
     state = json.loads((save(tmp_path, 3) / "state.json").read_text())
-    assert state["format"] == "some-checkpoint-1" and state["key_store_steps"] == [7, 8]
+    assert state["format"] == "some-checkpoint-2" and state["key_store_steps"] == [7, 8]
     assert set(state) == {field.name for field in dataclasses.fields(RunState)}

@@ -5,21 +5,22 @@ import yaml
 
 from modeling import ModelConfig
 from trainer.config import Experiment, experiment_from_dict, experiment_names, load_experiment
+from trainer.published import published_ids
 
-PUBLISHED = {"a4": 701_496_320, "b1": 1_373_568_000, "b2": 2_717_711_360, "b3": 5_405_998_080}
+SERIES_B = {"a4": 701_496_320, "b1": 1_373_568_000, "b2": 2_717_711_360, "b3": 5_405_998_080}
 
 
 def test_every_shipped_experiment_loads():
-    assert set(experiment_names()) == {"quickstart", *PUBLISHED}
+    assert experiment_names() == [*SERIES_B, "quickstart", *published_ids()]
     for name in experiment_names():
         experiment = load_experiment(name)
         assert experiment.name == name and isinstance(experiment.model, ModelConfig)
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", SERIES_B)
 def test_counts_of_series_b(name):
     counts = load_experiment(name).model.num_parameters()
-    assert (counts.total, counts.trainable) == (PUBLISHED[name], 29_424_640)
+    assert (counts.total, counts.trainable) == (SERIES_B[name], 29_424_640)
 
 
 def test_base_is_merged_below():
@@ -60,7 +61,7 @@ def test_round_trip_through_yaml(tmp_path):
     ("name", "settings", "message"),
     [
         ("quikstart", [], r"--experiment quikstart: unknown; did you mean quickstart\?"),
-        ("zzz", [], "known: a4, b1, b2, b3, quickstart"),
+        ("zzz", [], "known: a4, b1, b2, b3, quickstart, nb-v1.1-v4.3, .*"),
         ("missing.yaml", [], "missing.yaml: cannot be read"),
         ("quickstart", ["train.lerning_rate=1"], r"train.lerning_rate: unknown key; did you mean learning_rate\?"),
         ("quickstart", ["model.some.topk=1"], r"model.some.topk: unknown key; did you mean top_k\?"),
@@ -77,10 +78,10 @@ def test_round_trip_through_yaml(tmp_path):
         ("quickstart", ["train.learning_rate=.nan"], "train.learning_rate = nan must be a number greater than 0"),
         ("quickstart", ["train.epochs=.inf"], "train.epochs = inf must be a number greater than 0"),
         ("quickstart", ["train.beta2=1.0"], "train.beta2 = 1.0 must be less than 1"),
-        ("quickstart", ["model.some.rules.preset=[v4]"], "model.some.rules.preset = .* is unknown; known: v4"),
+        ("quickstart", ["model.some.rules.preset=[v4]"], "model.some.rules.preset = .* is unknown; known: v1.1"),
         ("quickstart", ["train.weight_decay_on=some"], "train.weight_decay_on = 'some'"),
         ("quickstart", ["model.some.top_k=17"], "model.some.top_k = 17 is more than model.some.num_experts = 16"),
-        ("quickstart", ["model.some.rules.preset=v99"], "model.some.rules.preset = 'v99' is unknown; known: v4"),
+        ("quickstart", ["model.some.rules.preset=v99"], "model.some.rules.preset = 'v99' is unknown; known: v1.1"),
         ("quickstart", ["parallel.ep_size=all"], "parallel.ep_size = 'all' must be a number of ranks or auto"),
         ("quickstart", ["data.name=stories2"], "data.name"),
     ],

@@ -1,6 +1,7 @@
 """Batches of similar length: the order of a run, and the micro batches of each rank.
 
-Shape suffixes: B sequences of one batch, S positions (the longest of them, rounded up to a multiple of 16).
+Shape suffixes: B sequences of one batch, S positions (the longest of them, rounded up to a multiple of 16; exactly
+model.max_seq_len where padding counts).
 """
 
 import hashlib
@@ -10,9 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from modeling.transformer import NO_TARGET
-from trainer.data.sequences import Sequences
-from trainer.data.tokenizer import PAD_ID
+from modeling.cross_entropy import NO_TARGET
+from trainer.data.sequences import RowLayout, Sequences
 
 WINDOW_BATCHES = 32  # sort within this many batches: similar lengths, but still a different mix every epoch
 
@@ -24,11 +24,28 @@ class Batch:
     """Right-padded sequences: input position s predicts targets_BS[:, s]."""
 
     input_ids_BS: torch.Tensor
-    """int64; PAD_ID at padding."""
+    """int64; the tokenizer's [PAD] at padding."""
     targets_BS: torch.Tensor
-    """int64; -100 at padding."""
+    """int64; -100 where no target counts: at padding, unless it counts, and where a row ends."""
     attention_mask_BS: torch.Tensor
-    """bool; True at real positions."""
+    """bool; True at positions that are routed: those with a target, or all of a row where padding counts."""
+    is_real_BS: torch.Tensor
+    """bool; True at positions whose target is a real token, never padding."""
+    sequence_ids_B: torch.Tensor
+    """int64; index of each row in its split, -1 for the masked row of a rank that has run out."""
+    max_seq_len: int
+    """Most positions a row of this data can have; see `token_ids_BS`."""
+
+    @property
+    def token_ids_BS(self) -> torch.Tensor:
+        """int64; of every position an id that no other position of the split has, in whatever batch it comes."""
+        positions_S = torch.arange(self.input_ids_BS.shape[1], device=self.sequence_ids_B.device)
+        return self.sequence_ids_B[:, None] * (self.max_seq_len + 1) + positions_S
+
+    @property
+    def routing_mask(self) -> torch.Tensor | None:
+        """`attention_mask_BS`, or None where every position is routed, which saves the model picking them out."""
+        return None if bool(self.attention_mask_BS.all()) else self.attention_mask_BS
 
     @property
     def num_tokens(self) -> int:
@@ -41,10 +58,11 @@ class TrainOrder:
 
     Each epoch draws a new permutation. The sequences beyond the last full batch are its tail, so they differ from
     epoch to epoch and nothing is left out for good. Within windows of 32 batches sequences are sorted by length, cut
-    into batches, and the batches of the epoch are then shuffled.
+    into batches, and the batches of the epoch are then shuffled. Without `sort_by_length` the permutation is cut into
+    batches as it is.
     """
 
-    def __init__(self, lengths: np.ndarray, batch_size: int, seed: int):
+    def __init__(self, lengths: np.ndarray, batch_size: int, seed: int, sort_by_length: bool = True):
         """`lengths` int [N]. Raises ValueError (train.batch_size) if it is below 1 or above N."""
         if batch_size < 1:
             raise ValueError(f"train.batch_size={batch_size} must be 1 or more")
@@ -57,6 +75,7 @@ class TrainOrder:
         self._lengths = np.asarray(lengths)
         self._batch_size = batch_size
         self._seed = seed
+        self._sort_by_length = sort_by_length
         self._epoch = -1
         self._batches = np.empty((0, batch_size), dtype=np.int64)
 
@@ -74,6 +93,8 @@ class TrainOrder:
         words = np.frombuffer(hashlib.sha256(f"{self._seed}/{epoch}".encode()).digest(), dtype="<u4")
         random = np.random.RandomState(words)
         permutation = random.permutation(len(self._lengths))[: self.steps_per_epoch * self._batch_size]
+        if not self._sort_by_length:
+            return permutation.reshape(self.steps_per_epoch, self._batch_size).astype(np.int64)
         window = WINDOW_BATCHES * self._batch_size
         parts = [permutation[start : start + window] for start in range(0, len(permutation), window)]
         ordered = np.concatenate([part[np.argsort(self._lengths[part], kind="stable")] for part in parts])
@@ -110,23 +131,35 @@ def _deal(sequences: Sequences, ids: np.ndarray, rank: int, world_size: int, mic
     ordered = ids[np.argsort(-sequences.lengths[ids], kind="stable")]
     per_round = world_size * micro_batch_size
     for start in range(0, len(ordered), per_round):
-        rows = [sequences[i] for i in ordered[start : start + per_round][rank::world_size]]
-        yield _collate(rows, longest)
+        chosen = ordered[start : start + per_round][rank::world_size]
+        yield _collate([sequences[i] for i in chosen], chosen, longest, sequences.layout)
 
 
-def _collate(rows: list[np.ndarray], longest: int) -> Batch:
-    """Rows of ids [n_i] to a batch with B = len(rows); [1, 1] and all masked without rows.
+def _collate(rows: list[np.ndarray], ids: np.ndarray, longest: int, layout: RowLayout) -> Batch:
+    """Rows of ids [n_i], of the sequences `ids`, to a batch with B = len(rows); [1, 1] and all masked without rows.
 
-    S is max(n_i) - 1 rounded up to a multiple of S_MULTIPLE, but not beyond `longest`, the longest of all sequences.
+    S is max(n_i) - 1 rounded up to a multiple of S_MULTIPLE, but not beyond `longest`, the longest of all sequences;
+    where padding counts it is max_seq_len.
     """
-    width = max((len(row) - 1 for row in rows), default=1)
-    shape_BS = (max(len(rows), 1), max(width, min(-(-width // S_MULTIPLE) * S_MULTIPLE, longest)) if rows else 1)
-    input_ids_BS = torch.full(shape_BS, PAD_ID, dtype=torch.int64)
-    targets_BS = torch.full(shape_BS, NO_TARGET, dtype=torch.int64)
-    attention_mask_BS = torch.zeros(shape_BS, dtype=torch.bool)
+    if not rows:
+        B, S = 1, 1
+    elif layout.count_padding:
+        B, S = len(rows), layout.max_seq_len
+    else:
+        width = max(1, *(len(row) - 1 for row in rows))  # a padded row may be a single id, without a target
+        B, S = len(rows), max(width, min(-(-width // S_MULTIPLE) * S_MULTIPLE, longest))
+    input_ids_BS = torch.full((B, S), layout.pad_id, dtype=torch.int64)
+    targets_BS = torch.full((B, S), NO_TARGET, dtype=torch.int64)
+    is_real_BS = torch.zeros((B, S), dtype=torch.bool)
     for b, row in enumerate(rows):
-        ids = torch.from_numpy(row)
-        input_ids_BS[b, : len(row) - 1] = ids[:-1]
-        targets_BS[b, : len(row) - 1] = ids[1:]
-        attention_mask_BS[b, : len(row) - 1] = True
-    return Batch(input_ids_BS, targets_BS, attention_mask_BS)
+        row_ids = torch.from_numpy(row)
+        is_real_BS[b, : len(row) - 1] = True
+        if layout.count_padding:
+            input_ids_BS[b, : len(row)] = row_ids
+            targets_BS[b, :-1] = input_ids_BS[b, 1:]
+        else:
+            input_ids_BS[b, : len(row) - 1] = row_ids[:-1]
+            targets_BS[b, : len(row) - 1] = row_ids[1:]
+    attention_mask_BS = torch.ones_like(is_real_BS) if layout.count_padding and rows else is_real_BS.clone()
+    sequence_ids_B = torch.tensor(ids if rows else [-1], dtype=torch.int64)
+    return Batch(input_ids_BS, targets_BS, attention_mask_BS, is_real_BS, sequence_ids_B, layout.max_seq_len)

@@ -8,8 +8,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -17,11 +17,11 @@ from uuid import uuid4
 from tokenizers import Tokenizer
 
 from trainer.data.config import DataConfig
-from trainer.data.sequences import ARRAYS, Sequences, write_sequences
-from trainer.data.sources import load_documents
-from trainer.data.tokenizer import check_vocab_size, load_tokenizer, tokenizer_hash, train_tokenizer
+from trainer.data.sequences import ARRAYS, RowLayout, Sequences, write_rows, write_sequences
+from trainer.data.sources import load_documents, tokenizer_texts
+from trainer.data.tokenizer import check_vocab_size, load_tokenizer, pad_id, tokenizer_hash, train_tokenizer
 
-FORMAT = 1  # part of every key: raise it when what is cached changes its meaning
+FORMAT = 2  # part of every key: raise it when what is cached changes its meaning
 SPLITS = ("train", "validation")
 FILES = ("tokenizer.json", *(f"{split}/{name}.npy" for split in SPLITS for name in ARRAYS))
 META = "meta.json"
@@ -29,10 +29,11 @@ META = "meta.json"
 
 @dataclass(frozen=True)
 class Dataset:
-    """What `open_data` returns. `fingerprint` is equal if and only if documents, tokenizer and max_seq_len are.
+    """What `open_data` returns. `fingerprint` is equal if and only if documents, tokenizer and row layout are.
 
-    `summary`: for `train` and `validation` the counts documents, sequences, tokens (targets) and bytes; for `dropped`
-    the counts empty and overlap; `notes`, a list of lines about the source; `vocab_size` and `max_seq_len`.
+    `summary`: for `train` and `validation` the counts documents, sequences, tokens (targets) and bytes, for padded rows
+    also cut and, where padding counts, its share padding of the targets; for `dropped` the counts empty and overlap;
+    `notes`, a list of lines about the source; `vocab_size` and `max_seq_len`.
     """
 
     tokenizer: Tokenizer
@@ -46,15 +47,35 @@ class Dataset:
 def prepare_data(config: DataConfig, vocab_size: int, max_seq_len: int, seed: int) -> Path:
     """Make sure that the tokenised data exists in the cache, and return its folder. For rank 0 only.
 
-    `max_seq_len` is the largest number of targets in a sequence. A second call with the same documents and settings
+    `max_seq_len` is the largest number of inputs in a sequence. A second call with the same documents and settings
     reads the documents, finds the entry and builds nothing; a damaged entry is rebuilt with a message. Raises
     ValueError for settings or a source that cannot work, and for a cache folder that cannot be written.
     """
-    check_vocab_size(vocab_size)
-    if max_seq_len < 1:
-        raise ValueError(f"model.max_seq_len={max_seq_len} leaves no targets: use 1 or more")
+    if config.tokenizer == "bytes":
+        check_vocab_size(vocab_size)
+    # A row of n ids has n - 1 targets; only a chunk has one id more than inputs.
+    least = 1 if config.rows == "chunks" else 2
+    if max_seq_len < least:
+        raise ValueError(f"model.max_seq_len={max_seq_len} leaves no targets: use {least} or more")
     documents = load_documents(config, seed)
-    for line in documents.notes:
+    notes = list(documents.notes)
+    train_hash, _ = _hash_texts(documents.train)
+
+    def texts_of_tokenizer() -> Iterable[str]:
+        return tokenizer_texts(config, seed) if has_own_texts else documents.train
+
+    has_own_texts = config.tokenizer_documents is not None or config.tokenizer_from is not None
+    tokenizer_texts_hash = train_hash
+    if has_own_texts:
+        tokenizer_texts_hash, number = _hash_texts(texts_of_tokenizer())
+        source = f"data.tokenizer_from={config.tokenizer_from!r}" if config.tokenizer_from else "the source"
+        if not number:
+            raise ValueError(
+                f"{source} has no documents to train the tokenizer on: set data.tokenizer_from to data with some"
+            )
+        if config.tokenizer_documents is not None and number < config.tokenizer_documents:
+            notes.append(f"data.tokenizer_documents={config.tokenizer_documents}, but {source} has only {number}")
+    for line in notes:
         print(f"data: {line}")
     for reason, number in documents.dropped.items():
         if number:
@@ -62,18 +83,18 @@ def prepare_data(config: DataConfig, vocab_size: int, max_seq_len: int, seed: in
     root = config.cache_root()
     try:
         root.mkdir(parents=True, exist_ok=True)
-        train_hash = _hash_texts(documents.train)
-        tokenizer = _cached_tokenizer(root, train_hash, documents.train, vocab_size)
-        key = _key(train_hash, _hash_texts(documents.validation), tokenizer_hash(tokenizer), max_seq_len)
+        tokenizer = _cached_tokenizer(root, tokenizer_texts_hash, texts_of_tokenizer, vocab_size, config.tokenizer)
+        layout = RowLayout(max_seq_len, config.rows, config.append_eos, config.count_padding, pad_id(tokenizer))
+        key = _key(train_hash, _hash_texts(documents.validation)[0], tokenizer_hash(tokenizer), asdict(layout))
         folder = root / f"data-{key[:32]}"
         problem = _problem(folder, key)
         if problem is not None:
             if folder.exists():
                 print(f"data: rebuilding cache entry {folder}: {problem}")
-            summary = {"dropped": documents.dropped, "notes": list(documents.notes)}
+            summary = {"dropped": documents.dropped, "notes": notes}
             summary |= {"vocab_size": vocab_size, "max_seq_len": max_seq_len}
             texts = {"train": documents.train, "validation": documents.validation}
-            _build(folder, key, texts, tokenizer, summary)
+            _build(folder, key, texts, tokenizer, layout, summary)
     except OSError as error:
         raise ValueError(
             f"data.cache_dir={str(root)!r} cannot be used ({error}): set it (or SOME_CACHE_DIR) to a writable folder"
@@ -87,17 +108,20 @@ def open_data(folder: str | Path) -> Dataset:
     try:
         meta = json.loads((folder / META).read_text(encoding="utf-8"))
         fingerprint, summary, expected_hash = meta["fingerprint"], meta["summary"], meta["tokenizer_hash"]
+        layout = RowLayout(**meta["layout"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder}: not a folder of tokenised data ({error}): prepare the data again") from error
     tokenizer = load_tokenizer(folder / "tokenizer.json")
-    train, validation = (Sequences(folder / split) for split in SPLITS)
+    train, validation = (Sequences(folder / split, layout) for split in SPLITS)
     if tokenizer_hash(tokenizer) != expected_hash:
         raise ValueError(f"{folder / 'tokenizer.json'}: differs from the tokenizer of this data: delete {folder}")
     return Dataset(tokenizer, train, validation, fingerprint, expected_hash, summary)
 
 
-def _cached_tokenizer(root: Path, train_hash: str, texts: list[str], vocab_size: int) -> Tokenizer:
-    path = root / f"tokenizer-{_key(train_hash, vocab_size)[:32]}.json"
+def _cached_tokenizer(
+    root: Path, texts_hash: str, texts: Callable[[], Iterable[str]], vocab_size: int, kind: str
+) -> Tokenizer:
+    path = root / f"tokenizer-{_key(texts_hash, vocab_size, kind)[:32]}.json"
     if path.exists():
         try:
             tokenizer = load_tokenizer(path)
@@ -106,25 +130,33 @@ def _cached_tokenizer(root: Path, train_hash: str, texts: list[str], vocab_size:
             print(f"data: rebuilding {path}: it has more than {vocab_size} tokens")
         except ValueError as error:
             print(f"data: rebuilding: {error}")
-    tokenizer = train_tokenizer(texts, vocab_size)
+    tokenizer = train_tokenizer(texts(), vocab_size, kind)
     temporary = _temporary(path)
     temporary.write_text(tokenizer.to_str(), encoding="utf-8")
     os.replace(temporary, path)
     return tokenizer
 
 
-def _build(folder: Path, key: str, texts: dict[str, list[str]], tokenizer: Tokenizer, summary: dict[str, Any]) -> None:
+def _build(
+    folder: Path,
+    key: str,
+    texts: dict[str, list[str]],
+    tokenizer: Tokenizer,
+    layout: RowLayout,
+    summary: dict[str, Any],
+) -> None:
     temporary = _temporary(folder)
     temporary.mkdir()
     try:
         (temporary / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
         for split in SPLITS:
-            summary[split] = write_sequences(
-                temporary / split, texts[split], tokenizer, summary["vocab_size"], summary["max_seq_len"]
-            )
+            # Chunks and padded rows differ in what a row may be, not in how it is stored.
+            write, shape = (write_sequences, layout.max_seq_len) if layout.rows == "chunks" else (write_rows, layout)
+            summary[split] = write(temporary / split, texts[split], tokenizer, summary["vocab_size"], shape)
         meta = {
             "fingerprint": key,
             "tokenizer_hash": tokenizer_hash(tokenizer),
+            "layout": asdict(layout),
             "summary": summary,
             "sha256": {name: _hash_file(temporary / name) for name in FILES},
         }
@@ -166,13 +198,15 @@ def _key(*parts: object) -> str:
     return hashlib.sha256(json.dumps([FORMAT, *parts]).encode("utf-8")).hexdigest()
 
 
-def _hash_texts(texts: Iterable[str]) -> str:
-    digest = hashlib.sha256()
+def _hash_texts(texts: Iterable[str]) -> tuple[str, int]:
+    """Their hash and their number, which a stream only tells once it has been read."""
+    digest, number = hashlib.sha256(), 0
     for text in texts:
+        number += 1
         data = text.encode("utf-8")
         digest.update(len(data).to_bytes(8, "little"))  # the length keeps ["ab", "c"] apart from ["a", "bc"]
         digest.update(data)
-    return digest.hexdigest()
+    return digest.hexdigest(), number
 
 
 def _hash_file(path: Path) -> str:

@@ -4,7 +4,8 @@ import hashlib
 import importlib.util
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from itertools import count, islice
 from pathlib import Path
 
@@ -21,7 +22,7 @@ VALIDATION_SPLITS = ("validation", "valid", "val", "dev", "test")
 
 @dataclass(frozen=True)
 class Documents:
-    """The texts of a run. None is empty, and no validation text occurs in train."""
+    """The texts of a run. None is empty, and no validation text occurs in train (but see data.validation_from_train)."""
 
     train: list[str]
     validation: list[str]
@@ -45,6 +46,10 @@ def check_source(config: DataConfig) -> None:
 
     A hub id is only checked for `datasets` being installed. Raises ValueError: one line with key or file, value, cure.
     """
+    if config.tokenizer_from is not None:
+        with _naming_tokenizer_from(config):
+            source = _tokenizer_source(config)
+            check_source(source if _hub_id(source) else _with_known_field(source))
     if config.name == "stories":
         return
     if _hub_id(config) is not None:
@@ -65,22 +70,7 @@ def load_documents(config: DataConfig, seed: int) -> Documents:
     Raises ValueError for a source that cannot be read, a split without documents, or validation texts that occur in
     train while data.drop_overlap is false.
     """
-    hub_id = _hub_id(config)
-    if config.name == "stories":
-        train_size, validation_size = (
-            config.train_documents or STORIES_TRAIN,
-            config.val_documents or STORIES_VALIDATION,
-        )
-        splits = _Splits(
-            (story(i, seed) for i in range(train_size)),
-            (story(FIRST_VALIDATION_STORY + i, seed) for i in range(validation_size)),
-            [],
-        )
-    elif hub_id is not None:
-        splits = _hub_splits(hub_id, config.text_field)
-    else:
-        splits = _local_splits(Path(config.path or ""), config.text_field)
-
+    splits = _open_splits(config, seed)
     empty = 0
 
     def non_empty(texts: Iterable[str]) -> Iterator[str]:
@@ -91,24 +81,94 @@ def load_documents(config: DataConfig, seed: int) -> Documents:
             else:
                 empty += 1
 
-    if splits.validation is None:
+    if config.validation_from_train:
+        most = config.train_documents and max(config.train_documents, config.val_documents)
+        first = list(islice(non_empty(splits.train), most))
+        train, validation = first[: config.train_documents], first[: config.val_documents]
+        splits.notes.append("data.validation_from_train=true: the validation documents are training documents too")
+    elif splits.validation is None:
         train, validation = _split_pool(non_empty(splits.train), config)
         splits.notes.append(f"no validation split: data.val_fraction={config.val_fraction:g} held out by content hash")
     else:
         train = list(islice(non_empty(splits.train), config.train_documents))
         validation = list(islice(non_empty(splits.validation), config.val_documents))
 
-    train, overlap = _without_overlap(train, validation, config.drop_overlap)
-    source = config.path or hub_id or config.name
+    found = len(train)
+    overlap = 0
+    if not config.validation_from_train:
+        train, overlap = _without_overlap(train, validation, config.drop_overlap)
+    source = config.path or _hub_id(config) or config.name
     for key, name, texts in (("train", "train", train), ("val", "validation", validation)):
         if not texts:
             pool = splits.validation is None
             cure = f"change data.val_fraction={config.val_fraction:g}" if pool else "set data.path to data with some"
             raise ValueError(f"data.path={source!r} gives no {name} documents: {cure}")
         wanted = getattr(config, f"{key}_documents")
-        if wanted is not None and len(texts) < wanted:
-            splits.notes.append(f"data.{key}_documents={wanted}, but the source has only {len(texts)} {name} documents")
+        has = found if key == "train" else len(texts)
+        if wanted is not None and has < wanted:
+            shortage = f"data.{key}_documents={wanted}, but the source has only {has} {name} documents"
+            if not config.allow_fewer:
+                raise ValueError(f"{shortage}: lower it, or take what there is with --set data.allow_fewer=true")
+            splits.notes.append(shortage)
     return Documents(train, validation, {"empty": empty, "overlap": overlap}, tuple(splits.notes))
+
+
+def tokenizer_texts(config: DataConfig, seed: int) -> Iterator[str]:
+    """Stream the documents that data.tokenizer_from and data.tokenizer_documents name; none is empty.
+
+    What is held out by content hash is left out here too. Raises ValueError for a source that cannot be read.
+    """
+    with _naming_tokenizer_from(config):
+        splits = _open_splits(_with_known_field(_tokenizer_source(config)), seed)
+    texts = (text for text in splits.train if text.strip())
+    if splits.validation is None and not config.validation_from_train:
+        texts = (text for text in texts if not _is_held_out(text, config.val_fraction))
+    return islice(texts, config.tokenizer_documents)
+
+
+@contextmanager
+def _naming_tokenizer_from(config: DataConfig) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        if config.tokenizer_from is None:
+            raise
+        raise ValueError(str(error).replace("data.path", "data.tokenizer_from")) from error
+
+
+def _tokenizer_source(config: DataConfig) -> DataConfig:
+    """`config` with the source that the tokenizer is trained on as its own."""
+    config = replace(config, train_documents=config.tokenizer_documents)
+    if config.tokenizer_from is None:
+        return config
+    return replace(config, name="text", path=config.tokenizer_from, tokenizer_from=None)
+
+
+def _with_known_field(source: DataConfig) -> DataConfig:
+    """`source`, reading `text` where its first training document cannot be read with data.text_field."""
+    if source.text_field == "text" or source.name == "stories":
+        return source
+    try:
+        next(iter(_open_splits(source, 0).train), None)
+    except ValueError:
+        return replace(source, text_field="text")
+    return source
+
+
+def _open_splits(config: DataConfig, seed: int) -> _Splits:
+    hub_id = _hub_id(config)
+    if config.name == "stories":
+        train_size = config.train_documents or STORIES_TRAIN
+        if config.validation_from_train:
+            train_size = max(train_size, config.val_documents)
+        return _Splits(
+            (story(i, seed) for i in range(train_size)),
+            (story(FIRST_VALIDATION_STORY + i, seed) for i in range(config.val_documents or STORIES_VALIDATION)),
+            [],
+        )
+    if hub_id is not None:
+        return _hub_splits(hub_id, config.text_field)
+    return _local_splits(Path(config.path or ""), config.text_field)
 
 
 def _hub_id(config: DataConfig) -> str | None:
@@ -203,15 +263,17 @@ def _split_pool(texts: Iterable[str], config: DataConfig) -> tuple[list[str], li
         return limit is not None and len(side) >= limit
 
     for text in texts:
-        position = int.from_bytes(hashlib.sha256(text.encode("utf-8")).digest()[:8], "big") / 2**64
-        side, limit = (
-            (validation, config.val_documents) if position < config.val_fraction else (train, config.train_documents)
-        )
+        held_out = _is_held_out(text, config.val_fraction)
+        side, limit = (validation, config.val_documents) if held_out else (train, config.train_documents)
         if not full(side, limit):
             side.append(text)
         elif full(train, config.train_documents) and full(validation, config.val_documents):
             break
     return train, validation
+
+
+def _is_held_out(text: str, fraction: float) -> bool:
+    return int.from_bytes(hashlib.sha256(text.encode("utf-8")).digest()[:8], "big") / 2**64 < fraction
 
 
 def _without_overlap(train: list[str], validation: list[str], drop: bool) -> tuple[list[str], int]:

@@ -1,4 +1,5 @@
-"""Byte-level BPE tokenizer: lossless (decode(encode(x)) == x for every text), trained with the `tokenizers` library.
+"""Tokenizers, trained with the `tokenizers` library: byte-level BPE, which is lossless (decode(encode(x)) == x for every
+text), and the published BPE inside words, which discards white space and knows no character it was not trained on.
 
 Training gives the same tokenizer in every process: merges are taken by (count, pair of ids), the byte alphabet is
 fixed, and neither the number of threads nor a hash seed enters (tests/trainer/data compares separate processes).
@@ -10,9 +11,10 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-PAD_ID = 0
+PAD_ID = 0  # of the byte-level tokenizer, like EOS_ID: see `pad_id` and `eos_id`
 EOS_ID = 1
 SPECIAL_TOKENS = ["[PAD]", "[EOS]"]
+WORDS_SPECIAL_TOKENS = ["[UNK]", "[PAD]", "[EOS]"]  # ids 0, 1, 2
 MIN_VOCAB_SIZE = len(SPECIAL_TOKENS) + 256  # every byte must have an id, or some text could not be encoded
 
 
@@ -25,12 +27,14 @@ def check_vocab_size(vocab_size: int) -> None:
         )
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Train a byte-level BPE tokenizer with at most `vocab_size` tokens on `texts`.
+def train_tokenizer(texts: Iterable[str], vocab_size: int, kind: str = "bytes") -> Tokenizer:
+    """Train a tokenizer of one `kind` (data.tokenizer) with at most `vocab_size` tokens on `texts`.
 
     A small corpus may yield fewer tokens; ids are always below `vocab_size`. Raises ValueError (model.vocab_size) if it
-    is below 258.
+    is below 258 for bytes, or below the number of characters in `texts` for words.
     """
+    if kind == "words":
+        return _train_words(texts, vocab_size)
     check_vocab_size(vocab_size)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -45,6 +49,30 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     return _finish(tokenizer)
 
 
+def _train_words(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE(unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=WORDS_SPECIAL_TOKENS, show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    # The library keeps every character it has seen, whatever the limit.
+    if tokenizer.get_vocab_size() > vocab_size:
+        raise ValueError(
+            f"model.vocab_size={vocab_size} is too small for data.tokenizer=words on this text: "
+            f"use {tokenizer.get_vocab_size()} or more (its characters and {len(WORDS_SPECIAL_TOKENS)} special tokens)"
+        )
+    return _finish(tokenizer)
+
+
+def pad_id(tokenizer: Tokenizer) -> int:
+    """Id of [PAD]: 0 for bytes, 1 for words."""
+    return tokenizer.token_to_id("[PAD]")
+
+
+def eos_id(tokenizer: Tokenizer) -> int:
+    """Id of [EOS]: 1 for bytes, 2 for words."""
+    return tokenizer.token_to_id("[EOS]")
+
+
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Read a tokenizer that `tokenizer.save(path)` wrote. Raises ValueError naming the file if it is none of ours."""
     try:
@@ -53,7 +81,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{path} is not a readable tokenizer ({first_line}): delete it to have it rebuilt") from error
     ids = [tokenizer.token_to_id(token) for token in SPECIAL_TOKENS]
-    if ids != [PAD_ID, EOS_ID]:
+    words = [tokenizer.token_to_id(token) for token in WORDS_SPECIAL_TOKENS] == [0, 1, 2]
+    if ids != [PAD_ID, EOS_ID] and not words:
         raise ValueError(f"{path} has ids {ids} for {SPECIAL_TOKENS}, not [0, 1]: use a tokenizer trained by this project")
     return _finish(tokenizer)
 

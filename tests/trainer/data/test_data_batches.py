@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from trainer.data import PAD_ID, TrainOrder, eval_batches, micro_batches
+from trainer.data import PAD_ID, RowLayout, TrainOrder, eval_batches, micro_batches
 from trainer.data.batches import WINDOW_BATCHES
 
 
@@ -18,6 +18,7 @@ class Rows:
 
     def __init__(self, lengths):
         self.lengths = np.array(lengths, dtype=np.int64)
+        self.layout = RowLayout(max_seq_len=max(lengths))
         starts = np.cumsum([2, *(n + 1 for n in lengths)])
         self.rows = [np.arange(start, start + n + 1) for start, n in zip(starts, lengths, strict=False)]
 

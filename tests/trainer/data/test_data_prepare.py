@@ -189,6 +189,7 @@ def test_notes_and_dropped_documents_are_printed(tmp_path, capsys):
         path=str(tmp_path / "in"),
         drop_overlap=True,
         train_documents=9,
+        allow_fewer=True,
         cache_dir=str(tmp_path / "cache"),
     )
     data = open_data(prepare_data(config, 300, 8, 0))

@@ -92,7 +92,8 @@ def test_only_held_out_files(tmp_path):
 def test_limits_take_the_first_and_say_when_short(tmp_path):
     write_jsonl(tmp_path / "train.jsonl", ["", "a", "b", "c"])
     write_jsonl(tmp_path / "valid.jsonl", ["v", "w"])
-    documents = load_documents(text_config(tmp_path, train_documents=2, val_documents=5), 0)
+    config = text_config(tmp_path, train_documents=2, val_documents=5, allow_fewer=True)
+    documents = load_documents(config, 0)
     assert (documents.train, documents.validation) == (["a", "b"], ["v", "w"])
     assert any("val_documents=5" in note and "2" in note for note in documents.notes)
 
