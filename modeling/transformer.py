@@ -168,6 +168,8 @@ def build_model(
     """
     # Linear and embedding layers draw from the global generator: seed it for the draw and put it back.
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(seed, "core"))
+        # Two draws, so that models that differ in their channel mixers alone share every other value.
+        torch.manual_seed(derive_seed(seed, "mixers"))
         mixers = [ChannelMixer(config, layer, seed, ep_group, pool_dtype, device) for layer in range(config.num_layers)]
+        torch.manual_seed(derive_seed(seed, "core"))
         return Transformer(config, mixers).to(device)

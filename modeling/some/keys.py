@@ -210,6 +210,8 @@ def update_key_stores(
     """
     if not stores:
         return
+    for store, stats in zip(stores, statistics, strict=True):
+        assert store.rules.respawn_threshold == 0 or stats.candidates is not None, "a rule that respawns needs candidates"
     counts = [s.counts_EK for s in statistics]
     pairs = [s.pairs_EE for s in statistics]
     _all_reduce_together([*counts, *pairs], group)
