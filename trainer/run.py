@@ -56,6 +56,7 @@ from trainer.generate import generate
 from trainer.loop import Trainer
 from trainer.metrics import RunLog
 from trainer.plan import describe
+from trainer.published import published_ids, published_results
 from trainer.runfolder import set_aside, write_config
 
 EXIT_REFUSED = 2
@@ -291,15 +292,26 @@ def finish(trainer: Trainer) -> None:
 
 
 def print_experiments() -> None:
-    """One line an experiment."""
+    """One line an experiment; for a published run, its last published validation loss."""
     for name in experiment_names():
         experiment = load_experiment(name)
-        counts = experiment.model.num_parameters()
-        some = experiment.model.some
-        print(
-            f"{name:12} {counts.total:>15,} parameters {counts.trainable:>12,} trained   "
-            f"{experiment.model.num_layers} layers, {some.num_experts} experts, top {some.top_k}, {experiment.data.name}"
-        )
+        model, counts = experiment.model, experiment.model.num_parameters()
+        mixer = f"{model.some.num_experts} experts, top {model.some.top_k}"
+        shape = f"{model.num_layers} layers, {mixer if model.channel_mixer == 'some' else model.channel_mixer}"
+        size = f"{counts.total:>13,} parameters {counts.trainable:>10,} trained"
+        line = f"{name:25} {size}   {shape:29} {experiment.data.name:11}"
+        print(f"{line} {describe_published(name)}".rstrip())
+
+
+def describe_published(name: str) -> str:
+    """The last published result of a run; empty for an experiment that is none."""
+    if name not in published_ids():
+        return ""
+    epochs = published_results(name).epochs
+    if not epochs:
+        return "no published result"
+    last = epochs[-1]
+    return f"published: val {last.val_loss:.4f} (ppl {last.val_ppl:.2f}) after {last.epoch} epochs"
 
 
 def refuse(error: ValueError, launch: Launch) -> NoReturn:

@@ -1,0 +1,90 @@
+"""The study: what it runs, what it leaves alone, and the paired differences of its tables."""
+
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from tests.launch import environment
+from tools.study import REPOSITORY, Study, paired
+from trainer.config import load_experiment
+
+TINY = [
+    "model.vocab_size=260", "model.d_model=16", "model.num_heads=2", "model.max_seq_len=32", "model.some.num_experts=4",
+    "model.some.d_ffn=16", "model.some.top_k=2", "data.name=stories", "data.train_documents=40", "data.val_documents=8",
+    "train.batch_size=8", "train.steps=2", "train.warmup_steps=0",
+]  # fmt: skip
+
+
+def test_every_variant_of_the_shipped_study_is_an_experiment_of_its_own():
+    study = Study.read(REPOSITORY / "tools" / "study.yaml")
+    experiments = [load_experiment(study.experiment, study.settings(name)) for name in study.variants]
+    for i, experiment in enumerate(experiments):
+        assert experiment not in experiments[:i], list(study.variants)[i]
+    used = {name for group in study.groups for name in [group["baseline"], *group["variants"]]}
+    assert used == set(study.variants)
+
+
+def test_paired_differences():
+    ours = {0: {"val_loss": 2.0}, 1: {"val_loss": 3.5}, 2: {"val_loss": 4.1}, 5: {"val_loss": 9.0}}
+    baseline = {0: {"val_loss": 1.0}, 1: {"val_loss": 2.0}, 2: {"val_loss": 3.0}, 7: {"val_loss": 0.0}}
+    mean, half, differences = paired(ours, baseline)
+    assert differences == pytest.approx([1.0, 1.5, 1.1]) and mean == pytest.approx(1.2)
+    deviation = math.sqrt((0.2**2 + 0.3**2 + 0.1**2) / 2)
+    assert half == pytest.approx(4.303 * deviation / math.sqrt(3), rel=1e-6)
+    assert paired({0: {"val_loss": 1.0}}, {0: {"val_loss": 0.5}}) == (0.5, None, [0.5])
+    assert paired({0: {"val_loss": 1.0}}, {1: {"val_loss": 0.5}}) is None
+
+
+def test_a_study_runs_resumes_and_writes_its_tables(tmp_path):
+    study = {
+        "experiment": "study",
+        "variants": {"SoME": {}, "attention only": {"control": "attention_only"}},
+        "groups": [{"title": "Experts", "question": "Do they help?", "baseline": "attention only", "variants": ["SoME"]}],
+    }
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
+    command = [
+        sys.executable,
+        str(REPOSITORY / "tools" / "study.py"),
+        "--study",
+        str(tmp_path / "study.yaml"),
+        "--seeds",
+        "1",
+        "--output_dir",
+        str(tmp_path),
+    ]
+    for setting in TINY:
+        command += ["--set", setting]
+    _run(command)
+    results = json.loads((tmp_path / "results.json").read_text())
+    losses = {}
+    for name, folder in (("SoME", "SoME"), ("attention only", "attention_only")):
+        metrics = tmp_path / folder / "seed_0" / "metrics.jsonl"
+        evals = [json.loads(line) for line in metrics.read_text().splitlines() if '"eval"' in line]
+        losses[name] = results["variants"][name]["seeds"]["0"]["val_loss"]
+        assert losses[name] == evals[-1]["val_loss"] and evals[-1]["step"] == 2
+    before = {path: path.read_bytes() for path in tmp_path.glob("*/seed_0/metrics.jsonl")}
+    _run(command)
+    assert before == {path: path.read_bytes() for path in tmp_path.glob("*/seed_0/metrics.jsonl")}
+    assert f"{losses['SoME'] - losses['attention only']:+.4f} one seed" in (tmp_path / "results.md").read_text()
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("experiment: study", "needs experiment, variants and groups"),
+        ("{experiment: study, variants: {a: {}}, groups: [{title: t, question: q, baseline: b, variants: [a]}]}", "'b'"),
+    ],
+)
+def test_a_bad_study_is_refused(tmp_path, text, message):
+    (tmp_path / "study.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        Study.read(tmp_path / "study.yaml")

@@ -1,0 +1,236 @@
+"""Run a study: variants of one experiment over several seeds, compared in pairs.
+
+    python tools/study.py --set data.path=DIR                 # tools/study.yaml, the study of docs/results.md
+    python tools/study.py --study my_study.yaml --seeds 5 --jobs 4
+
+Runs are resumed or left alone if they are finished. Equal seeds share data, data order and every initial value that two
+variants have in common, so differences are taken seed by seed.
+"""
+
+import argparse
+import json
+import math
+import os
+import statistics
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+if __name__ == "__main__":
+    sys.path[0] = str(REPOSITORY)
+
+import yaml
+
+from tools.runs import RunRecord, launch, read_run
+from trainer.config import load_experiment
+
+# Two-sided 95 % quantiles of Student's t by degrees of freedom (any statistics textbook).
+T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+
+
+@dataclass(frozen=True)
+class Study:
+    """What `study.yaml` holds."""
+
+    experiment: str
+    """The experiment that all variants change."""
+    variants: dict[str, dict]
+    """Name of a variant: its overrides, key path to value."""
+    groups: list[dict]
+    """Tables: title, question, baseline, variants."""
+
+    @staticmethod
+    def read(path: Path) -> "Study":
+        """Raises:
+        ValueError: a file that cannot be read, or a group that names an unknown variant.
+        """
+        try:
+            values = yaml.safe_load(path.read_text(encoding="utf-8"))
+            study = Study(values["experiment"], values["variants"], values["groups"])
+        except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"--study {path}: needs experiment, variants and groups ({error}); see tools/study.yaml"
+            ) from None
+        for group in study.groups:
+            for name in [group["baseline"], *group["variants"]]:
+                if name not in study.variants:
+                    raise ValueError(f"--study {path}: group {group['title']!r} names {name!r}; add it to variants")
+        return study
+
+    def settings(self, variant: str) -> list[str]:
+        """The variant as --set overrides."""
+        return [f"{key}={json.dumps(value)}" for key, value in (self.variants[variant] or {}).items()]
+
+
+def main() -> None:
+    """The command line."""
+    try:
+        run(parse_arguments())
+    except ValueError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The flags."""
+    parser = argparse.ArgumentParser(prog="tools/study.py", description="Variants of one experiment, compared in pairs.")
+    parser.add_argument("--study", type=Path, default=REPOSITORY / "tools" / "study.yaml", metavar="FILE")
+    parser.add_argument("--only", nargs="+", metavar="VARIANT", help="run these variants alone")
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 0 .. N-1 (default 3)")
+    parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="change one key in every run")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time, which share the cores (default 1)")
+    parser.add_argument("--ds_config", default=str(REPOSITORY / "ds_configs" / "zero2.json"), metavar="FILE")
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/study"), metavar="DIR")
+    parser.add_argument("--collect", action="store_true", help="run nothing; write the tables of what is there")
+    return parser.parse_args(arguments)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Check everything, run what is missing, write `results.json` and `results.md` in the output folder."""
+    study = Study.read(arguments.study)
+    if arguments.seeds < 1 or arguments.jobs < 1:
+        raise ValueError(f"--seeds {arguments.seeds} and --jobs {arguments.jobs} must be at least 1")
+    for name in arguments.only or []:
+        if name not in study.variants:
+            raise ValueError(f"--only {name}: unknown; known: {', '.join(study.variants)}")
+    for name in study.variants:
+        load_experiment(study.experiment, [*study.settings(name), *arguments.set])
+    if not arguments.collect:
+        run_missing(study, arguments)
+    results = collect(study, arguments)
+    arguments.output_dir.mkdir(parents=True, exist_ok=True)
+    (arguments.output_dir / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    text = tables(study, results)
+    (arguments.output_dir / "results.md").write_text(text, encoding="utf-8")
+    print(text)
+
+
+def run_missing(study: Study, arguments: argparse.Namespace) -> None:
+    """Every variant and seed that is not finished, seed by seed so that a study cut short is a smaller study."""
+    names = arguments.only or list(study.variants)
+    todo = [(name, seed) for seed in range(arguments.seeds) for name in names]
+    threads = max(1, (os.cpu_count() or 1) // arguments.jobs)
+
+    def one(job: tuple[str, int]) -> None:
+        name, seed = job
+        settings = [*study.settings(name), *arguments.set, f"seed={seed}"]
+        failure = launch(study.experiment, settings, _folder(arguments, name, seed), arguments.ds_config, threads=threads)
+        print(f"{name}, seed {seed}: {failure or 'finished'}", flush=True)
+
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        list(pool.map(one, todo))
+
+
+def _folder(arguments: argparse.Namespace, variant: str, seed: int) -> Path:
+    return arguments.output_dir / variant.replace(" ", "_").replace("/", "_") / f"seed_{seed}"
+
+
+def collect(study: Study, arguments: argparse.Namespace) -> dict:
+    """What the finished runs left: per variant its seeds' figures."""
+    variants = {}
+    for name in study.variants:
+        experiment = load_experiment(study.experiment, [*study.settings(name), *arguments.set])
+        counts = experiment.model.num_parameters()
+        seeds = {}
+        for seed in range(arguments.seeds):
+            record = read_run(_folder(arguments, name, seed))
+            if record is not None and record.finished:
+                seeds[seed] = _figures(record)
+        variants[name] = {
+            "settings": study.variants[name] or {},
+            "trained": counts.trainable,
+            "frozen": counts.frozen,
+            "flops_per_token": experiment.model.num_flops_per_token(experiment.model.max_seq_len // 2),
+            "seeds": seeds,
+        }
+    return {"experiment": study.experiment, "set": arguments.set, "variants": variants}
+
+
+def _figures(record: RunRecord) -> dict:
+    last, layers = record.evals[-1], record.evals[-1]["layers"]
+
+    def mean(key: str) -> float | None:
+        return statistics.fmean(layer[key] for layer in layers) if layers else None
+
+    return {
+        "val_loss": last["val_loss"],
+        "val_tokens": last["val_tokens"],
+        "bits_per_byte": last["bits_per_byte"],
+        "step": last["step"],
+        "trained_tokens": record.trains[-1]["tokens"] if record.trains else 0,
+        **{
+            key: mean(key)
+            for key in ("coselected_cosine", "effective_experts", "largest_gate", "output_over_residual", "gini", "respawns")
+        },
+        "seconds": record.seconds,
+        "commit": record.how.get("git_commit"),
+        "device": record.how.get("device"),
+        "torch": record.how.get("torch"),
+    }
+
+
+def paired(ours: dict[int, dict], baseline: dict[int, dict]) -> tuple[float, float | None, list[float]] | None:
+    """Mean difference of validation loss over shared seeds, half its 95 % interval (None with one seed), the differences."""
+    seeds = sorted(ours.keys() & baseline.keys())
+    if not seeds:
+        return None
+    differences = [ours[s]["val_loss"] - baseline[s]["val_loss"] for s in seeds]
+    if len(seeds) == 1:
+        return differences[0], None, differences
+    error = statistics.stdev(differences) / math.sqrt(len(seeds))
+    return statistics.fmean(differences), T_95[min(len(seeds) - 1, max(T_95))] * error, differences
+
+
+def tables(study: Study, results: dict) -> str:
+    """Markdown: one table a group; negative differences are better than the baseline."""
+    parts = []
+    for group in study.groups:
+        parts.append(f"### {group['title']}\n\n{group['question']}\n\n{_table(group, results['variants'])}\n")
+    return "\n".join(parts)
+
+
+def _table(group: dict, variants: dict) -> str:
+    lines = [
+        f"| variant | trained | val loss (nats/token) | minus {group['baseline']} (95 % interval) | by seed | "
+        "cosine of co-selected keys | effective experts | largest gate | RMS experts / residual |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    baseline = variants[group["baseline"]]["seeds"]
+    for name in [group["baseline"], *group["variants"]]:
+        row = variants[name]
+        seeds = row["seeds"]
+        if not seeds:
+            lines.append(f"| {name} | {row['trained']:,} | not run |" + " |" * 6)
+            continue
+        losses = [figures["val_loss"] for figures in seeds.values()]
+        loss = f"{statistics.fmean(losses):.4f} ({min(losses):.4f} to {max(losses):.4f})"
+        found = paired(seeds, baseline)
+        if name == group["baseline"]:
+            difference, by_seed = "baseline", ""
+        elif found is None:
+            difference, by_seed = "no shared seed", ""
+        else:
+            half = "one seed" if found[1] is None else f"± {found[1]:.4f}"
+            difference, by_seed = f"{found[0]:+.4f} {half}", " ".join(f"{d:+.4f}" for d in found[2])
+        means = [
+            _mean_or_dash(seeds, key, digits)
+            for key, digits in (
+                ("coselected_cosine", 2),
+                ("effective_experts", 1),
+                ("largest_gate", 2),
+                ("output_over_residual", 3),
+            )
+        ]
+        lines.append(f"| {name} | {row['trained']:,} | {loss} | {difference} | {by_seed} | " + " | ".join(means) + " |")
+    return "\n".join(lines)
+
+
+def _mean_or_dash(seeds: dict[int, dict], key: str, digits: int) -> str:
+    values = [figures[key] for figures in seeds.values() if figures[key] is not None]
+    return f"{statistics.fmean(values):.{digits}f}" if values else "–"
+
+
+if __name__ == "__main__":
+    main()
