@@ -192,19 +192,27 @@ def _gather(source_TD: torch.Tensor, tokens_r: torch.Tensor, block: slice) -> to
 
 
 def _blocks(rows_e: Sequence[int], like: torch.Tensor) -> list[tuple[int, slice, slice]]:
-    """`(slot, its rows, its rows in the block layout)` for every expert that has any.
-
-    bf16 on CPUs goes through oneDNN, which compiles a kernel for every new number of rows (2-7 ms, ten times the product
-    itself): blocks of a multiple of 32 rows keep the number of kernels small.
-    """
-    multiple = 32 if like.device.type == "cpu" and like.dtype == torch.bfloat16 else 1
+    """`(slot, its rows, its rows in the block layout)` for every expert that has any."""
     blocks, start = [], 0
     for slot, rows in enumerate(_segments(rows_e)):
-        size = -(-(rows.stop - rows.start) // multiple) * multiple
+        size = _block_size(rows.stop - rows.start, like)
         if size:
             blocks.append((slot, rows, slice(start, start + size)))
             start += size
     return blocks
+
+
+def _block_size(rows: int, like: torch.Tensor) -> int:
+    """Rows that are computed for `rows` that are wanted.
+
+    bf16 on CPUs goes through oneDNN, which compiles a kernel for every new number of rows (2-7 ms, ten times the product
+    itself) and forgets old ones beyond 1,024: with eight sizes an octave, at least 32 rows apart, a run has all its kernels
+    after a few steps, for at most an eighth more rows (and 32).
+    """
+    if like.device.type != "cpu" or like.dtype != torch.bfloat16:
+        return rows
+    multiple = max(32, 1 << (rows.bit_length() - 4) if rows > 8 else 1)
+    return -(-rows // multiple) * multiple
 
 
 def _segments(rows_e: Sequence[int]) -> list[slice]:
