@@ -111,7 +111,7 @@ def run_missing(study: Study, arguments: argparse.Namespace) -> None:
     """Every variant and seed that is not finished, seed by seed so that a study cut short is a smaller study."""
     names = arguments.only or list(study.variants)
     todo = [(name, seed) for seed in range(arguments.seeds) for name in names]
-    threads = max(1, (os.cpu_count() or 1) // arguments.jobs)
+    threads = max(1, len(os.sched_getaffinity(0)) // arguments.jobs)
 
     def one(job: tuple[str, int]) -> None:
         name, seed = job
