@@ -1,4 +1,4 @@
-"""Installs the packages `modeling`, `trainer` and `tools`, and the commands `some-train` and `some-bench`."""
+"""Installs the packages `modeling`, `trainer` and `tools`, and a `some-*` command for each program."""
 
 from setuptools import find_packages, setup
 
@@ -9,7 +9,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["modeling*", "trainer*", "tools*"]),
-    package_data={"trainer": ["experiments/*.yaml", "experiments/published/*.yaml"]},
+    package_data={"tools": ["study.yaml"], "trainer": ["experiments/*.yaml", "experiments/published/*.yaml"]},
     install_requires=[
         "torch>=2.10",
         "deepspeed>=0.19.2",  # older versions cast the fp32 key stores to bf16
@@ -24,5 +24,13 @@ setup(
         "tqdm>=4.66",
     ],
     extras_require={"dev": ["pytest>=8", "ruff>=0.9"]},
-    entry_points={"console_scripts": ["some-train = trainer.run:main", "some-bench = tools.bench:main"]},
+    entry_points={
+        "console_scripts": [
+            "some-train = trainer.run:main",
+            "some-bench = tools.bench:main",
+            "some-reproduce = tools.reproduce:main",
+            "some-study = tools.study:main",
+            "some-padding = tools.padding:main",
+        ]
+    },
 )

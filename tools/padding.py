@@ -16,7 +16,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
     sys.path[0] = str(REPOSITORY)
 
-from tools.runs import RunRecord, read_run
+from tools.runs import Run, read_run
 
 
 def main() -> None:
@@ -41,24 +41,24 @@ def measure(folder: Path) -> dict:
     Raises:
         ValueError: no run, no evaluation, or one that counts no padding.
     """
-    record = read_run(folder)
-    if record is None or not record.evals:
+    run = read_run(folder)
+    if not run.evals:
         raise ValueError(f"{folder}: holds no run with an evaluation; give a run's output folder")
-    if not record.experiment["data"]["count_padding"] or not record.evals[-1]["layers"]:
+    if not run.experiment.data.count_padding or not run.evals[-1]["layers"]:
         raise ValueError(f"{folder}: data.count_padding = false, or no SoME layer; give a run that routes padding")
-    return _measure(record)
+    return _measure(run)
 
 
-def _measure(record: RunRecord) -> dict:
-    last, some = record.evals[-1], record.experiment["model"]["some"]
-    E, K, S = some["num_experts"], some["top_k"], record.experiment["model"]["max_seq_len"]
-    stories = record.how["data"]["validation"]["documents"]
+def _measure(run: Run) -> dict:
+    last, model = run.evals[-1], run.experiment.model
+    E, K, S = model.some.num_experts, model.some.top_k, model.max_seq_len
+    stories = run.how["data"]["validation"]["documents"]
     routed = stories * S
     share = 1 - last["val_tokens"] / routed
     return {
-        "experiment": record.experiment["name"],
+        "experiment": run.experiment.name,
         "step": last["step"],
-        "total_steps": record.total_steps,
+        "total_steps": run.start["total_steps"],
         "experts": E,
         "top_k": K,
         "row_length": S,
@@ -79,7 +79,7 @@ def _measure(record: RunRecord) -> dict:
             for layer in last["layers"]
         ],
         "middle_layer": len(last["layers"]) // 2,
-        "how": record.how,
+        "how": run.how,
     }  # fmt: skip
 
 

@@ -1,110 +1,171 @@
-"""Runs as tools see them: started as a program of their own, read from the files that they leave."""
+"""Runs as tools see them: read from the files that they leave, started as programs of their own."""
 
 import json
 import os
+import re
+import signal
+import statistics
 import subprocess
 import sys
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import yaml
 
+from trainer.config import Experiment, experiment_from_dict
+
 REPOSITORY = Path(__file__).resolve().parent.parent
+SCRIPT = REPOSITORY / "trainer" / "run.py"
+SECONDS_TO_STOP = 45  # torch.distributed.run gives its ranks 30
+FAILED = "failed.txt"
+"""In a run's folder: why it failed when it was last started; absent where it did not."""
 
 
 @dataclass
-class RunRecord:
-    """What a run's folder says of it."""
+class Run:
+    """What one run's folder holds."""
 
+    seed: int
     folder: Path
-    """Where it lies."""
+    experiment: Experiment | None = None
+    """As it was run; None where there is nothing yet."""
     how: dict[str, Any] = field(default_factory=dict)
-    """`run` of config.yaml: versions, commit, device, ranks, data."""
-    experiment: dict[str, Any] = field(default_factory=dict)
-    """The resolved experiment."""
-    total_steps: int = 0
-    """Length of the whole run."""
-    trains: list[dict[str, Any]] = field(default_factory=list)
-    """Train records, in order of steps."""
-    evals: list[dict[str, Any]] = field(default_factory=list)
-    """Eval records, in order of steps."""
-    finished: bool = False
-    """Whether it came to its own end."""
+    """Section `run` of its config.yaml."""
+    records: list[dict[str, Any]] = field(default_factory=list)
+    """Its metrics.jsonl."""
+    failure: str | None = None
+    """Why it failed when it was last started."""
+
+    def of(self, event: str) -> list[dict[str, Any]]:
+        """The records of one kind."""
+        return [record for record in self.records if record["event"] == event]
+
+    @cached_property
+    def evals(self) -> list[dict[str, Any]]:
+        """The evaluations."""
+        return self.of("eval")
 
     @property
-    def steps(self) -> int:
-        """Steps done."""
-        return self.trains[-1]["step"] if self.trains else 0
+    def step(self) -> int:
+        """The last step that was recorded."""
+        return max((record["step"] for record in self.records), default=0)
+
+    @property
+    def start(self) -> dict[str, Any]:
+        """How it was last started."""
+        return next(reversed(self.of("start")), {})
+
+    @property
+    def finished(self) -> bool:
+        """Whether the whole schedule was run and measured; the trainer may have been stopped between that and its end."""
+        return bool(self.evals) and self.evals[-1]["step"] == self.start.get("total_steps")
+
+    @property
+    def progress(self) -> str:
+        """`step 100 of 624`."""
+        return f"step {self.step} of {self.start.get('total_steps', '?')}"
 
     @property
     def seconds(self) -> float:
-        """Time in steps and evaluations."""
-        return sum(record["seconds"] for record in [*self.trains, *self.evals])
+        """Time in the steps and evaluations that were recorded."""
+        return sum(record["seconds"] for record in [*self.of("train"), *self.evals])
+
+    def is_done(self, max_steps: int | None) -> bool:
+        """Whether it has come to its end, that of the schedule or `max_steps`, and written it."""
+        return any(
+            record["finished"] or (max_steps is not None and record["step"] >= max_steps) for record in self.of("end")
+        )
+
+    def at_epoch(self, epoch: int) -> dict[str, Any] | None:
+        """The evaluation after an epoch, counted from 1."""
+        return next((record for record in self.evals if abs(record["epoch"] - epoch) < 1e-9), None)
+
+    def train_loss(self, epoch_end: dict[str, Any]) -> float | None:
+        """Mean loss over the steps of the epoch that ended at an evaluation; None where not all were recorded."""
+        end, steps = epoch_end["step"], round(epoch_end["step"] / epoch_end["epoch"])
+        losses = [record["loss"] for record in self.of("train") if end - steps < record["step"] <= end]
+        return statistics.fmean(losses) if len(losses) == steps and None not in losses else None
 
 
-def read_run(folder: Path) -> RunRecord | None:
-    """The record of a run; None where none has begun. A last line that a crash cut short is left out."""
-    config, metrics = folder / "config.yaml", folder / "metrics.jsonl"
-    if not config.exists() or not metrics.exists():
-        return None
-    values = yaml.safe_load(config.read_text(encoding="utf-8"))
-    record = RunRecord(folder, how=values.pop("run", {}), experiment=values)
-    for line in metrics.read_text(encoding="utf-8").splitlines():
+def read_run(folder: Path, seed: int = 0) -> Run:
+    """Read a run's folder, whatever state it is in."""
+    run = Run(seed, folder)
+    if (folder / FAILED).exists():
+        run.failure = (folder / FAILED).read_text(encoding="utf-8").strip()
+    try:
+        values = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        run.how = values.pop("run", {})
+        run.experiment = experiment_from_dict(values)
+        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return run
+    except (OSError, AttributeError, ValueError, yaml.YAMLError) as error:
+        run.failure = f"cannot be read: {' '.join(str(error).split())}"
+        return run
+    for line in lines:
         try:
-            event = json.loads(line)
+            run.records.append(json.loads(line))
         except json.JSONDecodeError:
-            continue
-        kind = event["event"]
-        if kind == "start":
-            record.total_steps = event["total_steps"]
-        elif kind == "train":
-            record.trains.append(event)
-        elif kind == "eval":
-            record.evals.append(event)
-        elif kind == "end":
-            record.finished = event["finished"]
-    return record
+            continue  # cut short by a crash, or being written
+    return run
 
 
-def launch(
-    experiment: str,
-    settings: list[str],
-    folder: Path,
-    ds_config: str,
-    ranks: int = 1,
-    threads: int | None = None,
-    max_steps: int | None = None,
-) -> str | None:
-    """Start or resume one run and wait for its end; what it prints goes to `<folder>.log`.
+def command(
+    experiment: str, settings: list[str], folder: Path, ds_config: str, ranks: int = 1, max_steps: int | None = None
+) -> list[str]:
+    """The trainer's command line for one run.
 
     Args:
         experiment: name or YAML path.
-        settings: `a.b=c` overrides.
+        settings: `a.b=c` overrides; later ones count.
         folder: the run's folder.
         ds_config: DeepSpeed JSON.
         ranks: processes on this machine; more than one start under torchrun.
-        threads: CPU threads a rank; None = the launcher's default.
         max_steps: stop early.
-
-    Returns:
-        None if it went well, else the last line that it printed.
     """
-    command = [sys.executable]
-    if ranks > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    command += [str(REPOSITORY / "trainer" / "run.py"), "--experiment", experiment, "--ds_config", ds_config]
-    command += ["--output_dir", str(folder)]
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    words = [sys.executable, *launcher, str(SCRIPT), "--experiment", experiment]
     for setting in settings:
-        command += ["--set", setting]
+        words += ["--set", setting]
     if max_steps is not None:
-        command += ["--max_steps", str(max_steps)]
+        words += ["--max_steps", str(max_steps)]
+    return [*words, "--ds_config", ds_config, "--output_dir", str(folder)]
+
+
+def start(words: list[str], output: TextIO | None = None, threads: int | None = None) -> str | None:
+    """Run a command; why it failed, or None. Whatever ends us ends it.
+
+    Args:
+        words: the command.
+        output: where it prints; None = where we do.
+        threads: CPU threads of a rank; None = the launcher's default.
+    """
     environment = dict(os.environ) if threads is None else {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    log = folder.with_name(f"{folder.name}.log")
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with open(log, "a", encoding="utf-8") as output:
-        code = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, env=environment, check=False).returncode
+    refused = raised = last = ""
+    # A group of its own, so that Ctrl-C reaches us alone and the process ends without a traceback.
+    with subprocess.Popen(
+        words, stdout=output, stderr=subprocess.PIPE, text=True, errors="replace", process_group=0, env=environment
+    ) as process:
+        try:
+            for line in process.stderr:
+                print(line, end="", file=output or sys.stderr, flush=True)
+                last = line.strip() or last
+                if line.startswith("error: "):
+                    refused = line.strip().removeprefix("error: ")
+                # The end of a traceback; torchrun's own only says that a rank ended.
+                elif re.match(r"(\[rank\d+\]: )?[\w.]+(Error|Exception)\b", line) and "ChildFailedError" not in line:
+                    raised = line.strip()
+            code = process.wait()
+        except BaseException:
+            os.killpg(process.pid, signal.SIGTERM)
+            try:
+                process.wait(SECONDS_TO_STOP)
+            finally:
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)
+            raise
     if code == 0:
         return None
-    lines = [line for line in log.read_text(encoding="utf-8").splitlines() if line.strip()]
-    return f"exit code {code}: {lines[-1] if lines else 'no output'} (see {log})"
+    return f"ended by {signal.Signals(-code).name}" if code < 0 else refused or raised or last or f"exit code {code}"

@@ -23,7 +23,7 @@ if __name__ == "__main__":
 
 import yaml
 
-from tools.runs import RunRecord, launch, read_run
+from tools.runs import Run, command, read_run, start
 from trainer.config import load_experiment
 
 # Two-sided 95 % quantiles of Student's t by degrees of freedom (any statistics textbook).
@@ -115,8 +115,13 @@ def run_missing(study: Study, arguments: argparse.Namespace) -> None:
 
     def one(job: tuple[str, int]) -> None:
         name, seed = job
-        settings = [*study.settings(name), *arguments.set, f"seed={seed}"]
-        failure = launch(study.experiment, settings, _folder(arguments, name, seed), arguments.ds_config, threads=threads)
+        folder, settings = _folder(arguments, name, seed), [*study.settings(name), *arguments.set, f"seed={seed}"]
+        if read_run(folder, seed).is_done(None):
+            print(f"{name}, seed {seed}: was finished", flush=True)
+            return
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with open(folder.with_name(f"{folder.name}.log"), "a", encoding="utf-8") as log:
+            failure = start(command(study.experiment, settings, folder, arguments.ds_config), log, threads)
         print(f"{name}, seed {seed}: {failure or 'finished'}", flush=True)
 
     with ThreadPoolExecutor(arguments.jobs) as pool:
@@ -135,9 +140,9 @@ def collect(study: Study, arguments: argparse.Namespace) -> dict:
         counts = experiment.model.num_parameters()
         seeds = {}
         for seed in range(arguments.seeds):
-            record = read_run(_folder(arguments, name, seed))
-            if record is not None and record.finished:
-                seeds[seed] = _figures(record)
+            found = read_run(_folder(arguments, name, seed), seed)
+            if found.finished:
+                seeds[seed] = _figures(found)
         variants[name] = {
             "settings": study.variants[name] or {},
             "trained": counts.trainable,
@@ -148,8 +153,8 @@ def collect(study: Study, arguments: argparse.Namespace) -> dict:
     return {"experiment": study.experiment, "set": arguments.set, "variants": variants}
 
 
-def _figures(record: RunRecord) -> dict:
-    last, layers = record.evals[-1], record.evals[-1]["layers"]
+def _figures(run: Run) -> dict:
+    last, layers = run.evals[-1], run.evals[-1]["layers"]
 
     def mean(key: str) -> float | None:
         return statistics.fmean(layer[key] for layer in layers) if layers else None
@@ -159,15 +164,15 @@ def _figures(record: RunRecord) -> dict:
         "val_tokens": last["val_tokens"],
         "bits_per_byte": last["bits_per_byte"],
         "step": last["step"],
-        "trained_tokens": record.trains[-1]["tokens"] if record.trains else 0,
+        "trained_tokens": run.of("train")[-1]["tokens"],
         **{
             key: mean(key)
             for key in ("coselected_cosine", "effective_experts", "largest_gate", "output_over_residual", "gini", "respawns")
         },
-        "seconds": record.seconds,
-        "commit": record.how.get("git_commit"),
-        "device": record.how.get("device"),
-        "torch": record.how.get("torch"),
+        "seconds": run.seconds,
+        "commit": run.how.get("git_commit"),
+        "device": run.how.get("device"),
+        "torch": run.how.get("torch"),
     }
 
 
