@@ -32,7 +32,8 @@ CORE, OPTIMIZER, KEYS = FILES = ("core.safetensors", "optimizer.safetensors", "k
 # What may differ between a checkpoint and the run that resumes it, since no number of the curve depends on it.
 # The data's path may change; its content is compared by hash.
 FREE_KEYS = {
-    "name", "data.path", "data.cache_dir", "train.max_micro_batch", "train.eval_every", "train.deterministic",
+    "name", "data.path", "data.cache_dir", "data.allow_fewer", "train.max_micro_batch", "train.eval_every",
+    "train.deterministic",
 }  # fmt: skip
 FREE_SECTIONS = ("parallel.", "checkpoint.", "log.", "sample.")
 
@@ -122,7 +123,8 @@ def read_state(folder: Path) -> RunState:
             raise ValueError("no experiment in it")
         for name in FILES:
             with safe_open(folder / name, framework="pt") as file:
-                if not file.keys():
+                # A model without SoME layers has no keys.
+                if name != KEYS and not file.keys():
                     raise ValueError(f"{name} is empty")
         return state
     except (OSError, ValueError, AttributeError, TypeError, SafetensorError) as error:
