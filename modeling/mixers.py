@@ -41,14 +41,13 @@ class ChannelMixer(nn.Module):
         device: torch.device | str,
     ):
         super().__init__()
-        self.kind = config.channel_mixer
-        D = config.d_model
-        self.some = SoMELayer(config.some, layer, seed, ep_group, pool_dtype, device) if self.kind == "some" else None
-        self.dense = None
-        if self.kind == "dense":
+        D, kind = config.d_model, config.channel_mixer
+        self.some = self.dense = self.frozen = None
+        if kind == "some":
+            self.some = SoMELayer(config.some, layer, seed, ep_group, pool_dtype, device)
+        elif kind == "dense":
             self.dense = nn.Sequential(nn.Linear(D, config.d_ffn), nn.GELU(), nn.Linear(config.d_ffn, D))
-        self.frozen = None
-        if self.kind == "frozen_dense":
+        elif kind == "frozen_dense":
             self.frozen = FrozenExpertPool(frozen_config(config), layer, seed, dtype=pool_dtype, device=device)
         self.input_map = nn.Linear(D, D) if config.input_map else None
         self.readout = nn.Linear(D, D) if config.readout else None
@@ -67,7 +66,15 @@ class ChannelMixer(nn.Module):
         """What is added to the residual stream, in the dtype of `x_BSD`, and how a SoME layer routed (None without one)."""
         if self.input_map is not None:
             x_BSD = x_BSD + self.input_map(x_BSD)
-        y_BSD, routing = self._mix(x_BSD, residual_BSD, mask_BS, temperature, input_ids_BS)
+        routing = None
+        if self.some is not None:
+            y_BSD, routing = self.some(x_BSD, mask_BS, temperature, residual_BSD, input_ids_BS)
+        elif self.dense is not None:
+            y_BSD = self.dense(x_BSD)
+        elif self.frozen is not None:
+            y_BSD = self._frozen_ffn(x_BSD.flatten(0, 1)).view_as(x_BSD)
+        else:
+            y_BSD = F.gelu(x_BSD) if self.readout is not None else torch.zeros_like(x_BSD)
         if self.readout is None:
             return y_BSD, routing
         y_BSD = self.readout(F.layer_norm(y_BSD, y_BSD.shape[-1:]))
@@ -76,24 +83,10 @@ class ChannelMixer(nn.Module):
             routing = replace(routing, output_square_sum=added_TD.detach().float().square().sum())
         return y_BSD, routing
 
-    def _mix(
-        self,
-        x_BSD: torch.Tensor,
-        residual_BSD: torch.Tensor,
-        mask_BS: torch.Tensor | None,
-        temperature: float | None,
-        input_ids_BS: torch.Tensor,
-    ) -> tuple[torch.Tensor, Routing | None]:
-        if self.some is not None:
-            return self.some(x_BSD, mask_BS, temperature, residual_BSD, input_ids_BS)
-        if self.dense is not None:
-            return self.dense(x_BSD), None
-        if self.frozen is not None:
-            x_TD = x_BSD.flatten(0, 1)
-            tokens_T = torch.arange(len(x_TD), device=x_TD.device)
-            ones_T = torch.ones(len(x_TD), device=x_TD.device)
-            return self.frozen(x_TD, ones_T, tokens_T, [len(x_TD)]).view_as(x_BSD), None
-        return (F.gelu(x_BSD) if self.readout is not None else torch.zeros_like(x_BSD)), None
+    def _frozen_ffn(self, x_TD: torch.Tensor) -> torch.Tensor:
+        """One expert that every position goes to."""
+        tokens_T = torch.arange(len(x_TD), device=x_TD.device)
+        return self.frozen(x_TD, torch.ones(len(x_TD), device=x_TD.device), tokens_T, [len(x_TD)])
 
 
 def frozen_config(config: ModelConfig) -> SoMEConfig | None:
