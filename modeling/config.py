@@ -51,7 +51,8 @@ class SoMEConfig:
     expert_gain: float = 1.0
     """Factor on what an expert puts out (on its second matrix and bias)."""
     permute_in_evaluation: bool = False
-    """Swap the experts at random in evaluation: if the loss does not care, the choice of experts does not matter."""
+    """In evaluation let expert e + 1 compute for expert e: if the loss does not care, the choice of experts does not
+    matter."""
     temperature: float = 0.8
     """Divides the K selected scores before the softmax that makes the gates."""
     eval_temperature: float | None = None
@@ -169,6 +170,10 @@ class ModelConfig:
         require(
             not has_width or (self.d_ffn or 0) > 0,
             f"model.d_ffn = {self.d_ffn}, but model.channel_mixer = {self.channel_mixer} needs its hidden width; set one",
+        )
+        require(
+            not self.input_map or self.channel_mixer != "none" or self.readout,
+            "model.input_map = True feeds nothing with model.channel_mixer = none; set model.readout = true or leave it out",
         )
         object.__setattr__(self, "some", replace(self.some, d_model=self.d_model))
 

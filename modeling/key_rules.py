@@ -146,6 +146,6 @@ RULE_PRESETS: dict[str, dict] = {
         decay="health",
         token_mask="targets",
     ),
-    "fixed": dict(use_alpha=False, use_beta=False, use_delta=False),
+    "fixed": dict(use_alpha=False, use_beta=False, use_delta=False, normalise="none"),
 }
 """Rule versions by name; `fixed` leaves the keys where they start."""

@@ -77,10 +77,12 @@ class ChannelMixer(nn.Module):
             y_BSD = F.gelu(x_BSD) if self.readout is not None else torch.zeros_like(x_BSD)
         if self.readout is None:
             return y_BSD, routing
-        y_BSD = self.readout(F.layer_norm(y_BSD, y_BSD.shape[-1:]))
+        # The usual epsilon would damp the output of `sparse` experts, whose variance is 4e-5.
+        y_BSD = self.readout(F.layer_norm(y_BSD, y_BSD.shape[-1:], eps=1e-8))
         if routing is not None:
             added_TD = y_BSD if mask_BS is None else y_BSD[mask_BS]
-            routing = replace(routing, output_square_sum=added_TD.detach().float().square().sum())
+            squares_T = added_TD.detach().float().square().sum(-1).flatten()
+            routing = replace(routing, output_squares_T=squares_T)
         return y_BSD, routing
 
     def _frozen_ffn(self, x_TD: torch.Tensor) -> torch.Tensor:

@@ -23,10 +23,10 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any) -> list[Any]:
+def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any, seconds: float = SECONDS) -> list[Any]:
     """`function(rank, *arguments)` on every rank of a gloo world; the ranks' results (tensors and plain values) in order.
 
-    A rank that fails, or does not answer within two minutes, fails the test with what it said.
+    A rank that fails, or does not answer within `seconds`, fails the test with what it said.
     """
     context, port = mp.get_context("spawn"), free_port()
     answers, processes = [], []
@@ -38,7 +38,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any) ->
         answers.append(ours)
         processes.append(process)
     try:
-        deadline, results, failures = time.monotonic() + SECONDS, [], []
+        deadline, results, failures = time.monotonic() + seconds, [], []
         for rank, answer in enumerate(answers):
             try:
                 assert answer.poll(max(0, deadline - time.monotonic())), f"rank {rank} did not answer"

@@ -195,6 +195,11 @@ class Experiment:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "model", apply_control(self.model, self.control))
+        if not self.model.causal and not self.data.count_padding:
+            raise ValueError(
+                "model.causal = False shows real tokens the padding of their batch, so the loss would depend on how rows "
+                "are batched; set data.rows=padded and data.count_padding=true, as the published run did"
+            )
 
     def to_dict(self) -> dict:
         """Nested plain values; `experiment_from_dict` reads it back."""

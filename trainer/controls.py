@@ -12,8 +12,8 @@ from modeling.key_rules import KeyRules
 
 
 def _attention_only(model: ModelConfig) -> ModelConfig:
-    """No experts: attention blocks alone (with a readout, of gelu)."""
-    return replace(model, channel_mixer="none")
+    """No experts: attention blocks alone (with a readout, of gelu); an input map would feed nothing."""
+    return replace(model, channel_mixer="none", input_map=model.input_map and model.readout)
 
 
 def _random_keys(model: ModelConfig) -> ModelConfig:
@@ -49,12 +49,12 @@ def _dense(model: ModelConfig) -> ModelConfig:
 def _dense_equal_trained(model: ModelConfig) -> ModelConfig:
     """A trained FFN with as many parameters as the query network that it replaces, to within D."""
     D = model.d_model
-    width = max(1, (model.some.num_router_parameters() - D) // (2 * D + 1))
+    width = max(1, round((model.some.num_router_parameters() - D) / (2 * D + 1)))
     return replace(model, channel_mixer="dense", d_ffn=width)
 
 
 def _permuted_experts(model: ModelConfig) -> ModelConfig:
-    """Trained as it is; every evaluation swaps the experts at random."""
+    """Trained as it is; in evaluation every expert stands in for its neighbour."""
     return _with_some(model, permute_in_evaluation=True)
 
 

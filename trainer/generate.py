@@ -22,9 +22,10 @@ def generate(
     """The prompt and what the model adds to it, up to the end of its story; a collective, the same text on every rank."""
     generator = derive_generator(seed, "sample")
     end = eos_id(tokenizer)
+    prompt = tokenizer.encode(config.prompt).ids
     # As in training: chunks begin with the end of the document before, padded rows with their first word.
-    start = [end] if layout.rows == "chunks" else []
-    ids = [*start, *tokenizer.encode(config.prompt).ids]
+    start = [end] if layout.rows == "chunks" or not prompt else []
+    ids = [*start, *prompt]
     model.eval()
     for _ in range(config.tokens):
         window = ids[-model.config.max_seq_len :]

@@ -120,7 +120,8 @@ class Trainer:
         train, start = self.experiment.train, self.experiment.model.some.temperature
         if train.temperature_end is None:
             return None
-        return start - (start - train.temperature_end) * epoch / train.epochs
+        # `steps` may make a run longer than `epochs`.
+        return start - (start - train.temperature_end) * min(1.0, epoch / train.epochs)
 
     def _forward_backward(self, batch: Batch, targets: int, temperature: float | None) -> tuple[torch.Tensor, list]:
         """This micro batch's share of the step's loss over `targets` targets, and its routing."""

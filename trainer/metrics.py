@@ -51,7 +51,8 @@ class RoutingMeter:
             total = self._statistics[layer]
             self._statistics[layer] = new if total is None else total.add_(new)
             self._routed[layer] += torch.bincount(record.expert_ids_TK.flatten(), minlength=len(store.keys))
-            self._squares[layer] += torch.stack([record.output_square_sum, record.residual_square_sum]).double()
+            squares = [record.output_squares_T[real_T], record.residual_squares_T[real_T]]
+            self._squares[layer] += torch.stack([values_t.double().sum() for values_t in squares])
             largest_T = record.gates_TK[real_T].amax(-1)
             self._gates[layer] += torch.stack([largest_T.double().sum(), real_T.sum()])
 

@@ -8,7 +8,6 @@ import torch.distributed as dist
 from torch import nn
 
 from modeling.config import SoMEConfig
-from modeling.seeding import derive_generator
 from modeling.some.exchange import AllToAllExchange, LocalExchange
 from modeling.some.experts import FrozenExpertPool
 from modeling.some.keys import KeyStore
@@ -50,8 +49,6 @@ class SoMELayer(nn.Module):
         self.query = QueryNetwork(config).to(device) if config.routing == "learned" else None
         self.store = KeyStore(config.num_experts, config.d_model, config.top_k, config.rules, seed, layer).to(device)
         self.pool = FrozenExpertPool(config, layer, seed, expert_ids, pool_dtype, device)
-        swap_E = torch.randperm(config.num_experts, generator=derive_generator(seed, "swap", layer))
-        self.register_buffer("swap_E", swap_E.to(device), persistent=False)
 
     def forward(
         self,
@@ -89,7 +86,8 @@ class SoMELayer(nn.Module):
             queries_TD = self.query(x_BSD)[real_BS].reshape(x_TD.shape)
             gates_TK, expert_ids_TK = route(queries_TD, self.store.keys, self.config.top_k, self._temperature(temperature))
         swaps = self.config.permute_in_evaluation and not self.training
-        y_TD = self.exchange(x_TD, gates_TK, self.swap_E[expert_ids_TK] if swaps else expert_ids_TK, self.pool)
+        serving_TK = (expert_ids_TK + 1) % self.config.num_experts if swaps else expert_ids_TK
+        y_TD = self.exchange(x_TD, gates_TK, serving_TK, self.pool)
 
         if mask_BS is None:
             y_BSD = y_TD.view_as(x_BSD)
@@ -99,8 +97,8 @@ class SoMELayer(nn.Module):
             queries_TD=queries_TD.detach(),
             expert_ids_TK=expert_ids_TK,
             gates_TK=gates_TK.detach(),
-            output_square_sum=y_TD.detach().float().square().sum(),
-            residual_square_sum=residual_TD.detach().float().square().sum(),
+            output_squares_T=y_TD.detach().float().square().sum(-1),
+            residual_squares_T=residual_TD.detach().float().square().sum(-1),
         )
 
     def _temperature(self, temperature: float | None) -> float:

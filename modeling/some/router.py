@@ -19,15 +19,15 @@ class Routing:
     """How one SoME layer routed one batch of real tokens; leaves the model as a value, detached from the graph.
 
     `queries_TD` fp32 unit queries, `expert_ids_TK` int64 in descending order of score, `gates_TK` fp32,
-    `output_square_sum` and `residual_square_sum` fp32 scalars: sums of squares over (T, D) of what the experts add and of
-    the residual stream that they add it to.
+    `output_squares_T` and `residual_squares_T` fp32: sums of squares over D of what is added to the residual stream and of
+    the stream itself.
     """
 
     queries_TD: torch.Tensor
     expert_ids_TK: torch.Tensor
     gates_TK: torch.Tensor
-    output_square_sum: torch.Tensor
-    residual_square_sum: torch.Tensor
+    output_squares_T: torch.Tensor
+    residual_squares_T: torch.Tensor
 
 
 class QueryNetwork(nn.Sequential):

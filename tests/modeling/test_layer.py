@@ -92,6 +92,6 @@ def test_routing_record_is_detached_and_measures_the_output():
     x_BSD = torch.randn(1, 7, 12, requires_grad=True)
     y_BSD, routing = layer(x_BSD, residual_BSD=2 * x_BSD)
     assert not routing.queries_TD.requires_grad and not routing.gates_TK.requires_grad
-    torch.testing.assert_close(routing.output_square_sum, y_BSD.detach().square().sum())
-    torch.testing.assert_close(routing.residual_square_sum, 4 * x_BSD.detach().square().sum())
+    torch.testing.assert_close(routing.output_squares_T, y_BSD[0].detach().square().sum(-1))
+    torch.testing.assert_close(routing.residual_squares_T, 4 * x_BSD[0].detach().square().sum(-1))
     torch.testing.assert_close(routing.queries_TD.norm(dim=-1), torch.ones(7))

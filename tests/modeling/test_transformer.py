@@ -39,7 +39,9 @@ def oracle_logits(model, ids_S):
         "head_bias_V": model.head.bias,
         "layers": layers,
     }
-    return transformer_per_position(ids_S, tensors, mixers, config.num_heads, norm_position=config.norm_position)
+    return transformer_per_position(
+        ids_S, tensors, mixers, config.num_heads, norm_position=config.norm_position, causal=config.causal
+    )
 
 
 def mix(some, h_SD):
@@ -51,8 +53,9 @@ def mix(some, h_SD):
 
 @pytest.mark.parametrize("norm_position", ["pre", "post"])
 @pytest.mark.parametrize("embedding_init", ["scaled", "unit"])
-def test_logits_equal_the_specification(norm_position, embedding_init):
-    model = build_model(tiny(norm_position=norm_position, embedding_init=embedding_init), seed=3)
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "sees all"])
+def test_logits_equal_the_specification(norm_position, embedding_init, causal):
+    model = build_model(tiny(norm_position=norm_position, embedding_init=embedding_init, causal=causal), seed=3)
     for parameter in model.parameters():  # biases and norms start trivial: make them count
         torch.nn.init.normal_(parameter, std=0.3)
     ids_S = torch.randint(0, 30, (9,), generator=torch.Generator().manual_seed(1))
@@ -75,6 +78,18 @@ def test_no_position_sees_the_future():
     before, after = model(ids_BS).logits, model(changed_BS).logits
     torch.testing.assert_close(before[:, :6], after[:, :6])
     assert (before[:, 6:] != after[:, 6:]).any(-1).all()
+
+
+def test_without_the_causal_mask_every_position_sees_the_future():
+    """The published v1.1: the token to be predicted is in sight (specs F0)."""
+    model = build_model(tiny(causal=False))
+    ids_BS = torch.randint(0, 30, (1, 10), generator=torch.Generator().manual_seed(0))
+    changed_BS = ids_BS.clone()
+    changed_BS[0, 9] = (ids_BS[0, 9] + 1) % 30
+    difference_S = (model(ids_BS).logits - model(changed_BS).logits)[0].abs().amax(-1)
+    assert (difference_S > 1e-4).all(), "also far above what rounding may change"
+    gradient_SD = torch.autograd.grad(model(ids_BS).logits[0, 0].sum(), model.embedding.weight)[0][ids_BS[0]]
+    assert (gradient_SD.abs().amax(-1) > 0).all(), "the first position reads every position"
 
 
 def test_padding_changes_no_real_position():

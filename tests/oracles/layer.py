@@ -23,17 +23,19 @@ def some_layer_per_token(
     experts: Callable[[int], Expert],
     top_k: int,
     temperature: float = 1.0,
+    *,
+    normalise_query: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns y_TD without the residual (the block adds it), expert_ids_TK and gates_TK.
 
     `query_weights`: one (weight, bias) is a linear router, two are an MLP with exact GELU between; a mapping is read in
-    its order. Equal scores go to the lower expert id.
+    its order. Equal scores go to the lower expert id. `normalise_query`: False in v1.1, whose scores are raw products.
     """
     linears = list(query_weights.values()) if isinstance(query_weights, Mapping) else list(query_weights)
     keys_ED = keys_ED.detach().to(x_TD.dtype)
     outputs, ids_TK, gates = [], [], []
     for x_D in x_TD:
-        q_D = unit_query(x_D, linears)
+        q_D = unit_query(x_D, linears) if normalise_query else raw_query(x_D, linears)
         scores = [torch.dot(q_D, key_D) for key_D in keys_ED]
         chosen = [e for _, e in sorted((-score.item(), e) for e, score in enumerate(scores))][:top_k]
 
@@ -52,12 +54,18 @@ def some_layer_per_token(
 
 def unit_query(x_D: Tensor, linears: Sequence[Linear]) -> Tensor:
     """q = Q(x) / max(||Q(x)||, 1e-12)."""
+    h = raw_query(x_D, linears)
+    return h / torch.linalg.vector_norm(h).clamp_min(1e-12)
+
+
+def raw_query(x_D: Tensor, linears: Sequence[Linear]) -> Tensor:
+    """Q(x)."""
     h = x_D
     for i, (weight, bias) in enumerate(linears):
         if i > 0:
             h = gelu_erf(h)
         h = weight.to(h.dtype) @ h + bias.to(h.dtype)
-    return h / torch.linalg.vector_norm(h).clamp_min(1e-12)
+    return h
 
 
 def expert_output(x_D: Tensor, expert: Expert) -> Tensor:

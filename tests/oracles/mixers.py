@@ -46,4 +46,4 @@ def mix_per_token(
     if readout is None:
         return y_TD
     weight_DD, bias_D = readout
-    return torch.stack([weight_DD @ row_D + bias_D for row_D in layer_norm(y_TD)])
+    return torch.stack([weight_DD @ row_D + bias_D for row_D in layer_norm(y_TD, eps=1e-8)])

@@ -29,45 +29,108 @@ def routing(rank: int, tokens: int) -> list[Routing]:
         generator = torch.Generator().manual_seed(10 * rank + layer)
         ids_TK = torch.multinomial(torch.arange(1.0, 7.0).expand(max(tokens, 1), -1), K, generator=generator)[:tokens]
         queries_TD = F.normalize(torch.randn(tokens, D, generator=generator), dim=-1)
+        largest_T = 0.5 + torch.rand(tokens, generator=generator) / 2
         records.append(
             Routing(
                 queries_TD=queries_TD,
                 expert_ids_TK=ids_TK,
-                gates_TK=torch.full((tokens, K), 0.5),
-                output_square_sum=torch.tensor(1.0 + rank),
-                residual_square_sum=torch.tensor(4.0 + 8 * rank),
+                gates_TK=torch.stack([largest_T, 1 - largest_T], 1),
+                output_squares_T=torch.rand(tokens, generator=generator),
+                residual_squares_T=1 + torch.rand(tokens, generator=generator),
             )
         )
     return records
 
 
-def _measure(rank: int) -> list[dict]:
+def real(tokens: int, padding: bool) -> torch.Tensor:
+    """Which of the routed tokens are real: all, or two in three."""
+    return torch.arange(tokens) % 3 > 0 if padding else torch.ones(tokens, dtype=torch.bool)
+
+
+def make_stores() -> list[KeyStore]:
     stores = [KeyStore(E, D, K, KeyRules(), seed=1, layer=layer) for layer in range(2)]
-    meter = RoutingMeter(stores)
-    meter.add(routing(rank, tokens=30 if rank else 0))
-    meter.add(routing(rank, tokens=10))
+    for layer, store in enumerate(stores):
+        store.usage.copy_((torch.arange(E) * 5 + layer) % 7)
+        store.respawns.fill_(layer)
+    return stores
+
+
+def _measure(rank: int, padding: bool) -> list[dict]:
+    meter = RoutingMeter(make_stores())
+    for tokens in (30 if rank else 0, 10):
+        meter.add(routing(rank, tokens), real(tokens, padding))
     return meter.result([torch.arange(E) // 4] * 2)
 
 
-def test_routing_is_measured_over_all_ranks():
-    first, second = run_ranks(_measure, 2)
+def agreeing_padding() -> tuple[Routing, torch.Tensor]:
+    """80 real tokens that use all experts evenly, and 240 of padding that all choose the same two."""
+    first_T = torch.arange(E).repeat(10)
+    ids_TK = torch.cat([torch.stack([first_T, (first_T + 1) % E], 1), torch.tensor([[0, 1]]).expand(240, K)])
+    ones_T = torch.ones(320)
+    record = Routing(
+        queries_TD=torch.zeros(320, D), expert_ids_TK=ids_TK, gates_TK=torch.full((320, K), 0.5),
+        output_squares_T=ones_T, residual_squares_T=ones_T,
+    )  # fmt: skip
+    return record, torch.arange(320) < 80
+
+
+def _measure_all(rank: int) -> dict[str, list[dict]]:
+    meter = RoutingMeter(make_stores()[:1])
+    record, real_T = agreeing_padding()
+    meter.add([record], real_T)
+    agreeing = meter.result([torch.zeros(E, dtype=torch.int64)])
+    return {"real": _measure(rank, False), "with padding": _measure(rank, True), "agreeing": agreeing}
+
+
+@pytest.fixture(scope="module")
+def measured() -> list[dict[str, list[dict]]]:
+    return run_ranks(_measure_all, 2)
+
+
+@pytest.mark.parametrize("padding", [False, True], ids=["real", "with padding"])
+def test_routing_is_measured_over_all_ranks(measured, padding):
+    first, second = (of_rank["with padding" if padding else "real"] for of_rank in measured)
     assert first == second and [layer["layer"] for layer in first] == [0, 1]
     for layer, ours in enumerate(first):
-        ids_TK = torch.cat([r[layer].expert_ids_TK for r in (routing(1, 30), routing(0, 10), routing(1, 10))])
-        counts_E = torch.bincount(ids_TK.flatten(), minlength=E)
-        keys_ED = KeyStore(E, D, K, KeyRules(), seed=1, layer=layer).keys
+        parts = [(routing(rank, tokens)[layer], real(tokens, padding)) for rank, tokens in ((1, 30), (0, 10), (1, 10))]
+        routed_TK = torch.cat([record.expert_ids_TK for record, _ in parts])
+        ids_TK = torch.cat([record.expert_ids_TK[real_T] for record, real_T in parts])
+        largest_T = torch.cat([record.gates_TK[real_T, 0] for record, real_T in parts])
+        counts_E, routed_E = (torch.bincount(ids.flatten(), minlength=E) for ids in (ids_TK, routed_TK))
+        output = sum(record.output_squares_T[real_T].sum().item() for record, real_T in parts)
+        residual = sum(record.residual_squares_T[real_T].sum().item() for record, real_T in parts)
+        store = make_stores()[layer]
         load = [counts_E[:4].sum().item(), counts_E[4:].sum().item()]
         expected = {
+            "layer": layer,
             "gini": oracle.gini(counts_E),
             "gini_of_bound": oracle.gini(counts_E) / (1 - K / E),
             "entropy_bits": oracle.entropy_bits(counts_E),
+            "usage_gini": oracle.gini(store.usage),
+            "usage_entropy_bits": oracle.entropy_bits(store.usage),
             "effective_experts": 2 ** oracle.entropy_bits(counts_E),
             "experts_used": int((counts_E > 0).sum()),
             "load_max_over_mean": max(load) / (sum(load) / 2),
-            "output_over_residual": math.sqrt(6 / 32),
-            "coselected_cosine": oracle.mean_coselected_cosine(keys_ED, ids_TK),
+            "output_over_residual": math.sqrt(output / residual),
+            "coselected_cosine": oracle.mean_coselected_cosine(store.keys, ids_TK),
+            "largest_gate": sum(largest_T.tolist()) / len(ids_TK),
+            "respawns": layer,
         }
-        assert {key: ours[key] for key in expected} == pytest.approx(expected, rel=1e-5, abs=1e-7)
+        if padding:
+            expected |= {
+                "gini_with_padding": oracle.gini(routed_E),
+                "entropy_bits_with_padding": oracle.entropy_bits(routed_E),
+            }
+            assert abs(expected["gini_with_padding"] - expected["gini"]) > 1e-3
+        assert ours == pytest.approx(expected, rel=1e-5, abs=1e-7)
+
+
+def test_padding_that_agrees_looks_like_inequality(measured):
+    """Specs F2: with a share of 3/4 padding the Gini of perfectly even routing is 3/4 of its bound."""
+    (ours,) = measured[0]["agreeing"]
+    assert ours["gini"] == pytest.approx(0, abs=1e-9) and ours["entropy_bits"] == pytest.approx(3)
+    assert ours["gini_with_padding"] == pytest.approx(0.75 * (1 - K / E))
+    assert ours["entropy_bits_with_padding"] == pytest.approx(-2 * 26 / 64 * math.log2(26 / 64) + 6 * 2 / 64 * 5)
 
 
 def test_log_writes_json_lines_without_nan(tmp_path):

@@ -12,7 +12,7 @@ import yaml
 from tests.launch import FP32, REPOSITORY, SCRIPT, environment, launch, losses, records, succeed
 from trainer import run
 from trainer.checkpoint import read_state
-from trainer.config import load_experiment
+from trainer.config import experiment_names, load_experiment
 
 SMALL = [
     "--ds_config", FP32, "--set", "data.train_documents=200", "--set", "data.val_documents=10",
@@ -74,7 +74,7 @@ def test_refused_before_the_ranks_meet(monkeypatch, capsys, tmp_path, cache_dir,
     assert not output_dir.exists(), "a refused run leaves nothing behind"
 
 
-@pytest.mark.parametrize("name", ["quickstart", "a4", "b3"])
+@pytest.mark.parametrize("name", ["quickstart", "a4", "b3", "v4-b3", "cmp-dense-tinystories"])
 def test_dry_run_prints_the_plan(monkeypatch, capsys, name):
     monkeypatch.setattr(
         "modeling.some.experts.FrozenExpertPool.__init__", lambda *a, **k: pytest.fail("a pool was allocated")
@@ -89,8 +89,12 @@ def test_dry_run_prints_the_plan(monkeypatch, capsys, name):
 def test_list_names_every_experiment(monkeypatch, capsys):
     call(monkeypatch, "--list")
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["a4", "b1", "b2", "b3", "quickstart"]
-    assert "5,405,998,080 parameters   29,424,640 trained" in lines[3]
+    assert [line.split()[0] for line in lines] == experiment_names()
+    line = {name: " ".join(text.split()) for name, text in zip(experiment_names(), lines, strict=True)}
+    assert "5,405,998,080 parameters 29,424,640 trained 10 layers, 512 experts, top 4 tinystories" in line["b3"]
+    assert line["v4-a4"].endswith("published: val 0.7126 (ppl 2.04) after 4 epochs")
+    assert line["v3-3-v3"].endswith("no published result") and "published" not in line["quickstart"]
+    assert "8 layers, dense tinystories" in line["cmp-dense-tinystories"]
 
 
 @pytest.fixture(scope="module")
