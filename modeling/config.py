@@ -50,6 +50,8 @@ class SoMEConfig:
     """Biases of the experts: `zero` or `torch` (drawn like those of torch's linear layers, as in v1.1 and v2.2)."""
     expert_gain: float = 1.0
     """Factor on what an expert puts out (on its second matrix and bias)."""
+    learned_gain: bool = False
+    """Train one factor an expert on what it puts out, starting at 1."""
     permute_in_evaluation: bool = False
     """In evaluation let expert e + 1 compute for expert e: if the loss does not care, the choice of experts does not
     matter."""
@@ -187,6 +189,7 @@ class ModelConfig:
         if self.channel_mixer == "some":
             router = some.num_router_parameters()
             trained, frozen = trained + router * some.train_router, router * (not some.train_router)
+            trained += some.num_experts * some.learned_gain
             frozen += some.num_experts * some.num_expert_parameters()
         elif self.channel_mixer == "dense":
             trained += self.num_dense_parameters()

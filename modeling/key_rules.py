@@ -40,7 +40,8 @@ class KeyRules:
     alpha: float = 0.01
     """Attraction: how far an expert's key moves towards the queries that chose it."""
     beta: float = 0.005
-    """Peer pull: how far the keys of experts that were chosen together move towards each other."""
+    """Peer pull: how far the keys of experts that were chosen together move towards each other; with peer_mass = own it may
+    be negative, which pushes them apart."""
     delta: float = 0.001
     """Decay of the keys (or of the health) of rarely used experts."""
     theta_percentile: float = 0.05
@@ -72,11 +73,15 @@ class KeyRules:
 
     def __post_init__(self) -> None:
         prefix = "model.some.rules"
-        for name in ("alpha", "beta", "delta", "warmup_steps"):
+        for name in ("alpha", "delta", "warmup_steps"):
             require(getattr(self, name) >= 0, f"{prefix}.{name} = {getattr(self, name)} must not be negative")
         for name in ("theta_percentile", "ema_decay", "respawn_threshold", "delta"):
             value = getattr(self, name)
             require(0 <= value <= 1, f"{prefix}.{name} = {value} must lie between 0 and 1")
+        require(
+            self.beta >= 0 or self.peer_mass == "own",
+            f"{prefix}.beta = {self.beta} must not be negative unless {prefix}.peer_mass = own, which bounds its effect",
+        )
         require(
             self.usage != "share" or self.ema_decay < 1,
             f"{prefix}.ema_decay = {self.ema_decay} must be less than 1 with {prefix}.usage = share",

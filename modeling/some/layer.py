@@ -48,6 +48,7 @@ class SoMELayer(nn.Module):
 
         self.query = QueryNetwork(config).to(device) if config.routing == "learned" else None
         self.store = KeyStore(config.num_experts, config.d_model, config.top_k, config.rules, seed, layer).to(device)
+        self.gain_E = nn.Parameter(torch.ones(config.num_experts, device=device)) if config.learned_gain else None
         self.pool = FrozenExpertPool(config, layer, seed, expert_ids, pool_dtype, device)
 
     def forward(
@@ -87,7 +88,8 @@ class SoMELayer(nn.Module):
             gates_TK, expert_ids_TK = route(queries_TD, self.store.keys, self.config.top_k, self._temperature(temperature))
         swaps = self.config.permute_in_evaluation and not self.training
         serving_TK = (expert_ids_TK + 1) % self.config.num_experts if swaps else expert_ids_TK
-        y_TD = self.exchange(x_TD, gates_TK, serving_TK, self.pool)
+        weights_TK = gates_TK if self.gain_E is None else gates_TK * self.gain_E.float()[expert_ids_TK]
+        y_TD = self.exchange(x_TD, weights_TK, serving_TK, self.pool)
 
         if mask_BS is None:
             y_BSD = y_TD.view_as(x_BSD)

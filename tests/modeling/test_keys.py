@@ -278,3 +278,19 @@ def test_hash_sees_a_single_bit(name, index):
     buffer = getattr(store, name)
     buffer[index] = torch.nextafter(buffer[index], torch.tensor(2.0))
     assert before != key_store_hashes([store])
+
+
+def test_a_negative_beta_pushes_keys_apart_and_needs_its_bound():
+    stores = {
+        beta: KeyStore(E, D, 4, KeyRules.preset("corrected", beta=beta, use_alpha=False), seed=1) for beta in (0.0, -0.2)
+    }
+    for step in range(20):
+        for store in stores.values():
+            store.update(*batch(step, 4)[:2])
+    cosines = {}
+    for beta, store in stores.items():
+        chosen_KD = store.keys[batch(0, 4)[1][0]]
+        cosines[beta] = (chosen_KD @ chosen_KD.T).mean().item()
+    assert cosines[-0.2] < cosines[0.0] - 0.02
+    with pytest.raises(ValueError, match="beta = -0.1 must not be negative unless .*peer_mass = own"):
+        KeyRules.preset("v4", beta=-0.1)

@@ -163,7 +163,11 @@ SOMES = [
     "config",
     [tiny(kind, input_map=i, readout=r) for kind, (i, r) in product(KINDS, EXTRAS) if kind != "none" or r or not i]
     + [tiny(some=some, input_map=i, readout=r) for some, (i, r) in product(SOMES, EXTRAS[::3])]
-    + [tiny(some=dict(router_mult=0.7)), tiny("dense", norm_position="post", causal=False)],
+    + [
+        tiny(some=dict(router_mult=0.7)),
+        tiny(some=dict(learned_gain=True)),
+        tiny("dense", norm_position="post", causal=False),
+    ],
     ids=lambda c: f"{c.channel_mixer} {c.some.routing} {c.some.router} {c.input_map:d}{c.readout:d}",
 )
 def test_counts_equal_the_built_model(config):

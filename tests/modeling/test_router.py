@@ -277,3 +277,20 @@ def test_two_ranks_compute_what_one_process_does(two_ranks, name):
         pairs = [(ours_BSD, y_BSD), (grad_BSD, x_BSD.grad), (ours_evaluated_BSD, evaluated_BSD)]
         for ours, theirs in pairs:
             torch.testing.assert_close(ours[0], theirs[rank], atol=1e-5, rtol=1e-5)
+
+
+def test_learned_gains_scale_what_an_expert_puts_out():
+    layer, plain = make_layer(learned_gain=True), make_layer()
+    x_BSD = inputs()
+    torch.testing.assert_close(layer(x_BSD)[0], plain(x_BSD)[0])
+    with torch.no_grad():
+        layer.gain_E.copy_(torch.arange(1.0, 7.0))
+    y_BSD, routing = layer(x_BSD)
+    experts = experts_of(layer.config)
+    for x_D, y_D, ids, gates in zip(
+        x_BSD.double().flatten(0, 1), y_BSD.flatten(0, 1), routing.expert_ids_TK, routing.gates_TK, strict=True
+    ):
+        terms = [g * (e + 1) * expert_output(x_D, experts(e)) for g, e in zip(gates.tolist(), ids.tolist(), strict=True)]
+        torch.testing.assert_close(y_D.double(), sum(terms), atol=1e-5, rtol=1e-5)
+    y_BSD.square().sum().backward()
+    assert layer.gain_E.grad[routing.expert_ids_TK.unique()].all()

@@ -92,9 +92,7 @@ def attention(x_SD: Tensor, w: Mapping[str, Tensor], num_heads: int, causal: boo
     return torch.stack(outputs)
 
 
-def layer_norm(
-    x_SD: Tensor, weight_D: Tensor | None = None, bias_D: Tensor | None = None, eps: float = 1e-5
-) -> Tensor:
+def layer_norm(x_SD: Tensor, weight_D: Tensor | None = None, bias_D: Tensor | None = None, eps: float = 1e-5) -> Tensor:
     """Each row to mean 0 and (biased) variance 1; then weight and bias, where given."""
     rows = []
     for x_D in x_SD:
