@@ -58,7 +58,7 @@ class SoMEConfig:
     temperature: float = 0.8
     """Divides the K selected scores before the softmax that makes the gates."""
     eval_temperature: float | None = None
-    """Temperature in evaluation; null = the training temperature (the published runs used 0.5)."""
+    """Temperature in evaluation; null = `temperature` (most published runs used 0.5)."""
     rules: KeyRules = field(default_factory=lambda: KeyRules.preset("v4"))
     """How the keys move: `KeyRules.preset("corrected")` or the rule of a published version."""
 
@@ -129,7 +129,7 @@ class ModelConfig:
     num_heads: int = 8
     """Attention heads; must divide d_model."""
     max_seq_len: int = 768
-    """Longest input S in tokens; longer documents are split, never cut off."""
+    """Longest input S in tokens; longer documents are split (data.rows = chunks) or cut off (padded, as published)."""
     norm_position: str = "pre"
     """`pre` (normalise the input of every sub-layer, and once more before the head, without parameters) or `post`
     (published: normalise after every residual sum). Both have the same number of parameters."""
@@ -202,7 +202,7 @@ class ModelConfig:
         return 2 * self.d_model * self.d_ffn + self.d_ffn + self.d_model
 
     def num_flops_per_token(self, context: int) -> float:
-        """Multiply-add FLOPs of one training step (forward and backward) per token that sees `context` tokens.
+        """Multiply-add FLOPs of one training step (forward and backward) per token, in rows of `context` tokens.
 
         Trained matrices cost 6 FLOPs a weight; frozen experts and keys 4, since no weight gradient is computed; causal
         attention 6 * L * context * D (half of the full square).

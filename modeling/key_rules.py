@@ -6,11 +6,12 @@ A published version is a row of `RULE_PRESETS` (specs 3.8). `corrected` is this 
   It does not depend on batch size or padding, and is right from the first update on. The published raw average starts at
   (1 - rho) n, which makes the first step alpha / (1 - rho), up to 3: an overshoot (specs F5).
 - **Step.** The mass of an expert is the larger of what it got now and what it gets on average, m_e = max(n_e, K T uhat_e),
-  so attraction moves a key by alpha n_e / m_e <= alpha towards the mean of its queries, and by less when it got fewer tokens
-  than usual. Bounded for any counts; an expert that was idle for long moves like any other.
-- **Winners attract.** Only the first choice of a token pulls its key. Published rules give all K chosen keys the same
-  target, so keys that are chosen together coalesce and are always chosen together from then on (specs F4). With one winner
-  a token the rule is online spherical k-means.
+  so that attraction moves a key by at most alpha, and by less when it got fewer tokens than usual. Bounded for any counts;
+  an expert that was idle for long moves like any other.
+- **Winners attract.** Only the first choice of a token pulls its key: by alpha n_e1 / m_e towards the mean of the n_e1
+  queries that it won, so an expert that is mostly second choice moves slowly. Published rules give all K chosen keys the
+  same target, so keys that are chosen together coalesce and are always chosen together from then on (specs F4). With one
+  winner a token the direction is that of online spherical k-means.
 - **Peer pull** is divided by the own mass: sum_j beta c_ij / ((K - 1) m_i) = beta n_i / m_i <= beta, whatever the masses of
   the others. Divided by the smaller mass (v1.1 to v4) the total reaches 2.5 at 512 experts, where it is unstable.
 - **Decay** acts on a health beside the key, which keeps its direction and norm: health is multiplied by 1 - delta while
@@ -21,6 +22,7 @@ A published version is a row of `RULE_PRESETS` (specs 3.8). `corrected` is this 
   neither outshines its neighbours by its norm nor moves at the speed of a light key (specs F17).
 """
 
+import math
 from dataclasses import dataclass
 
 from modeling.checks import require, require_choice
@@ -74,12 +76,13 @@ class KeyRules:
     def __post_init__(self) -> None:
         prefix = "model.some.rules"
         for name in ("alpha", "delta", "warmup_steps"):
-            require(getattr(self, name) >= 0, f"{prefix}.{name} = {getattr(self, name)} must not be negative")
+            value = getattr(self, name)
+            require(0 <= value < math.inf, f"{prefix}.{name} = {value} must be a number that is not negative")
         for name in ("theta_percentile", "ema_decay", "respawn_threshold", "delta"):
             value = getattr(self, name)
             require(0 <= value <= 1, f"{prefix}.{name} = {value} must lie between 0 and 1")
         require(
-            self.beta >= 0 or self.peer_mass == "own",
+            math.isfinite(self.beta) and (self.beta >= 0 or self.peer_mass == "own"),
             f"{prefix}.beta = {self.beta} must not be negative unless {prefix}.peer_mass = own, which bounds its effect",
         )
         require(

@@ -91,7 +91,8 @@ def gini_floor(share: float, experts: int, top_k: int) -> float:
 def entropy_ceiling(share: float, experts: int, top_k: int) -> float:
     """Entropy in bits of the same usage."""
     padded = share * math.log2(share / top_k) if share > 0 else 0.0
-    return -padded - (1 - share) * math.log2((1 - share) / (experts - top_k))
+    real = (1 - share) * math.log2((1 - share) / (experts - top_k)) if share < 1 and experts > top_k else 0.0
+    return -padded - real
 
 
 def table(figures: dict) -> str:

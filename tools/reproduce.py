@@ -13,10 +13,7 @@ import argparse
 import difflib
 import json
 import re
-import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,14 +24,13 @@ if __name__ == "__main__":
 
 from tools.results import SMALL, Row, changed_settings
 from tools.results_table import CONVENTIONS, RULE, brief, markdown
-from tools.runs import FAILED, command, read_run, start
+from tools.runs import EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED, FAILED, command, read_run, start, stop_on_signals
 from trainer.checkpoint import write_text_atomically
 from trainer.config import Experiment, experiment_names, load_experiment
 from trainer.controls import CONTROLS
 from trainer.distributed import Launch, Layout
 from trainer.ds_config import is_bf16, load_ds_config
 
-EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED = 1, 2, 130
 SMALL_STEPS = 40
 
 
@@ -232,23 +228,6 @@ def carry_out(entry: Entry, experiment: Experiment, arguments: argparse.Namespac
     folder.mkdir(parents=True, exist_ok=True)
     failed.write_text(reason + "\n", encoding="utf-8")
     return False
-
-
-@contextmanager
-def stop_on_signals() -> Iterator[None]:
-    """SIGTERM (SLURM's, near a time limit) and SIGHUP (a closed terminal) stop like Ctrl-C."""
-
-    def stop(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    # What is ignored stays ignored: nohup wants to outlive its terminal.
-    numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
-    before = {number: signal.signal(number, stop) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def collect(entries: list[Entry], output_dir: Path) -> list[Row]:

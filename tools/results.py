@@ -11,7 +11,7 @@ from typing import Any
 
 from modeling.key_rules import RULE_PRESETS, KeyRules
 from tools.runs import Run
-from trainer.checkpoint import FREE_KEYS, FREE_SECTIONS
+from trainer.checkpoint import differing_keys
 from trainer.config import Experiment, load_experiment
 from trainer.published import EpochResult, PublishedRun, published_ids, published_results
 
@@ -29,19 +29,7 @@ middle layer: of the usage average (the published measure), of all routed tokens
 
 def changed_settings(asked: Experiment, run: Experiment, free: tuple[str, ...] = ()) -> list[str]:
     """The keys in which two experiments differ and that may change numbers; `free` ones are let pass."""
-    theirs, ours = _flatten(run.to_dict()), _flatten(asked.to_dict())
-    return [
-        key
-        for key in sorted(theirs.keys() | ours.keys())
-        if theirs.get(key) != ours.get(key) and key not in {*FREE_KEYS, *free} and not key.startswith(FREE_SECTIONS)
-    ]
-
-
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
+    return [key for key in differing_keys(asked.to_dict(), run.to_dict()) if key not in free]
 
 
 def measure(evaluation: dict[str, Any], experiment: Experiment) -> dict[str, float | None]:

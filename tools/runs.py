@@ -7,6 +7,8 @@ import signal
 import statistics
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +20,7 @@ from trainer.config import Experiment, experiment_from_dict
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SCRIPT = REPOSITORY / "trainer" / "run.py"
+EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED = 1, 2, 130
 SECONDS_TO_STOP = 45  # torch.distributed.run gives its ranks 30
 FAILED = "failed.txt"
 """In a run's folder: why it failed when it was last started; absent where it did not."""
@@ -134,6 +137,10 @@ def command(
     return [*words, "--ds_config", ds_config, "--output_dir", str(folder)]
 
 
+_running: list[subprocess.Popen] = []
+"""What `start` has started, in whatever thread, and has not ended."""
+
+
 def start(words: list[str], output: TextIO | None = None, threads: int | None = None) -> str | None:
     """Run a command; why it failed, or None. Whatever ends us ends it.
 
@@ -148,6 +155,7 @@ def start(words: list[str], output: TextIO | None = None, threads: int | None = 
     with subprocess.Popen(
         words, stdout=output, stderr=subprocess.PIPE, text=True, errors="replace", process_group=0, env=environment
     ) as process:
+        _running.append(process)
         try:
             for line in process.stderr:
                 print(line, end="", file=output or sys.stderr, flush=True)
@@ -159,13 +167,43 @@ def start(words: list[str], output: TextIO | None = None, threads: int | None = 
                     raised = line.strip()
             code = process.wait()
         except BaseException:
-            os.killpg(process.pid, signal.SIGTERM)
-            try:
-                process.wait(SECONDS_TO_STOP)
-            finally:
-                if process.poll() is None:
-                    os.killpg(process.pid, signal.SIGKILL)
+            _stop(process)
             raise
+        finally:
+            _running.remove(process)
     if code == 0:
         return None
     return f"ended by {signal.Signals(-code).name}" if code < 0 else refused or raised or last or f"exit code {code}"
+
+
+def stop_all() -> None:
+    """End everything that `start` has running in other threads."""
+    for process in list(_running):
+        _stop(process)
+
+
+def _stop(process: subprocess.Popen) -> None:
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGTERM)
+    try:
+        process.wait(SECONDS_TO_STOP)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[None]:
+    """SIGTERM (SLURM's, near a time limit) and SIGHUP (a closed terminal) stop like Ctrl-C."""
+
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    # What is ignored stays ignored: nohup wants to outlive its terminal.
+    numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
+    before = {number: signal.signal(number, stop) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

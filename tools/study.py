@@ -3,8 +3,8 @@
     python tools/study.py --set data.path=DIR                 # tools/study.yaml, the study of docs/results.md
     python tools/study.py --study my_study.yaml --seeds 5 --jobs 4
 
-Runs are resumed or left alone if they are finished. Equal seeds share data, data order and every initial value that two
-variants have in common, so differences are taken seed by seed.
+Runs are resumed, or left alone if they are finished. Equal seeds share data, data order and the initial values of embedding,
+attention and head, so differences are taken seed by seed.
 """
 
 import argparse
@@ -23,8 +23,10 @@ if __name__ == "__main__":
 
 import yaml
 
-from tools.runs import Run, command, read_run, start
+from tools.results import changed_settings
+from tools.runs import EXIT_FAILED, EXIT_REFUSED, Run, command, read_run, start, stop_all, stop_on_signals
 from trainer.config import load_experiment
+from trainer.ds_config import is_bf16
 
 # Two-sided 95 % quantiles of Student's t by degrees of freedom (any statistics textbook).
 T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
@@ -48,15 +50,16 @@ class Study:
         """
         try:
             values = yaml.safe_load(path.read_text(encoding="utf-8"))
-            study = Study(values["experiment"], values["variants"], values["groups"])
-        except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+            study = Study(values["experiment"], dict(values["variants"]), values["groups"])
+            named = [(g["title"], g["question"], name) for g in study.groups for name in [g["baseline"], *g["variants"]]]
+        except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
-                f"--study {path}: needs experiment, variants and groups ({error}); see tools/study.yaml"
+                f"--study {path}: needs experiment, variants and groups of title, question, baseline and variants "
+                f"({type(error).__name__}: {error}); see tools/study.yaml"
             ) from None
-        for group in study.groups:
-            for name in [group["baseline"], *group["variants"]]:
-                if name not in study.variants:
-                    raise ValueError(f"--study {path}: group {group['title']!r} names {name!r}; add it to variants")
+        for title, _, name in named:
+            if name not in study.variants:
+                raise ValueError(f"--study {path}: group {title!r} names {name!r}; add it to variants")
         return study
 
     def settings(self, variant: str) -> list[str]:
@@ -67,10 +70,11 @@ class Study:
 def main() -> None:
     """The command line."""
     try:
-        run(parse_arguments())
+        code = run(parse_arguments())
     except ValueError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        code = EXIT_REFUSED
+    sys.exit(code)
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -87,8 +91,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Check everything, run what is missing, write `results.json` and `results.md` in the output folder."""
+def run(arguments: argparse.Namespace) -> int:
+    """Check everything, run what is missing, write `results.json` and `results.md` in the output folder; the exit code."""
     study = Study.read(arguments.study)
     if arguments.seeds < 1 or arguments.jobs < 1:
         raise ValueError(f"--seeds {arguments.seeds} and --jobs {arguments.jobs} must be at least 1")
@@ -97,18 +101,21 @@ def run(arguments: argparse.Namespace) -> None:
             raise ValueError(f"--only {name}: unknown; known: {', '.join(study.variants)}")
     for name in study.variants:
         load_experiment(study.experiment, [*study.settings(name), *arguments.set])
-    if not arguments.collect:
-        run_missing(study, arguments)
+    failures = [] if arguments.collect else run_missing(study, arguments)
     results = collect(study, arguments)
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
     (arguments.output_dir / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     text = tables(study, results)
     (arguments.output_dir / "results.md").write_text(text, encoding="utf-8")
     print(text)
+    return EXIT_FAILED if failures else 0
 
 
-def run_missing(study: Study, arguments: argparse.Namespace) -> None:
-    """Every variant and seed that is not finished, seed by seed so that a study cut short is a smaller study."""
+def run_missing(study: Study, arguments: argparse.Namespace) -> list[str]:
+    """Run every variant and seed that is not finished, and say what failed.
+
+    Seed by seed, so that a study cut short is a smaller study.
+    """
     names = arguments.only or list(study.variants)
     todo = [(name, seed) for seed in range(arguments.seeds) for name in names]
     threads = max(1, len(os.sched_getaffinity(0)) // arguments.jobs)
@@ -116,16 +123,39 @@ def run_missing(study: Study, arguments: argparse.Namespace) -> None:
     def one(job: tuple[str, int]) -> None:
         name, seed = job
         folder, settings = _folder(arguments, name, seed), [*study.settings(name), *arguments.set, f"seed={seed}"]
-        if read_run(folder, seed).is_done(None):
+        # A run with other settings is left to the trainer, which refuses to mix them.
+        if not _is_stale(folder, study, name, seed, arguments) and read_run(folder, seed).is_done(None):
             print(f"{name}, seed {seed}: was finished", flush=True)
             return
         folder.parent.mkdir(parents=True, exist_ok=True)
         with open(folder.with_name(f"{folder.name}.log"), "a", encoding="utf-8") as log:
             failure = start(command(study.experiment, settings, folder, arguments.ds_config), log, threads)
         print(f"{name}, seed {seed}: {failure or 'finished'}", flush=True)
+        if failure:
+            failures.append(f"{name}, seed {seed}: {failure}")
 
-    with ThreadPoolExecutor(arguments.jobs) as pool:
-        list(pool.map(one, todo))
+    failures: list[str] = []
+    pool = ThreadPoolExecutor(arguments.jobs)
+    try:
+        with stop_on_signals():
+            list(pool.map(one, todo))
+    except KeyboardInterrupt:
+        pool.shutdown(wait=False, cancel_futures=True)
+        stop_all()
+        failures.append("stopped; the same command goes on from the last checkpoints")
+        print(failures[-1], flush=True)
+    pool.shutdown()
+    return failures
+
+
+def _is_stale(folder: Path, study: Study, name: str, seed: int, arguments: argparse.Namespace) -> bool:
+    """Whether the folder holds a run of other settings or another precision than are asked for."""
+    found = read_run(folder, seed)
+    if found.experiment is None:
+        return False
+    asked = load_experiment(study.experiment, [*study.settings(name), *arguments.set, f"seed={seed}"])
+    precision = "bf16" if is_bf16(json.loads(Path(arguments.ds_config).read_text(encoding="utf-8"))) else "fp32"
+    return bool(changed_settings(asked, found.experiment)) or found.start.get("precision") not in (None, precision)
 
 
 def _folder(arguments: argparse.Namespace, variant: str, seed: int) -> Path:
@@ -140,14 +170,15 @@ def collect(study: Study, arguments: argparse.Namespace) -> dict:
         counts = experiment.model.num_parameters()
         seeds = {}
         for seed in range(arguments.seeds):
-            found = read_run(_folder(arguments, name, seed), seed)
-            if found.finished:
+            folder = _folder(arguments, name, seed)
+            found = read_run(folder, seed)
+            if found.finished and not _is_stale(folder, study, name, seed, arguments):
                 seeds[seed] = _figures(found)
         variants[name] = {
             "settings": study.variants[name] or {},
             "trained": counts.trainable,
             "frozen": counts.frozen,
-            "flops_per_token": experiment.model.num_flops_per_token(experiment.model.max_seq_len // 2),
+            "flops_per_token": experiment.model.num_flops_per_token(experiment.model.max_seq_len),
             "seeds": seeds,
         }
     return {"experiment": study.experiment, "set": arguments.set, "variants": variants}
@@ -178,7 +209,7 @@ def _figures(run: Run) -> dict:
 
 def paired(ours: dict[int, dict], baseline: dict[int, dict]) -> tuple[float, float | None, list[float]] | None:
     """Mean difference of validation loss over shared seeds, half its 95 % interval (None with one seed), the differences."""
-    seeds = sorted(ours.keys() & baseline.keys())
+    seeds = sorted(s for s in ours.keys() & baseline.keys() if None not in (ours[s]["val_loss"], baseline[s]["val_loss"]))
     if not seeds:
         return None
     differences = [ours[s]["val_loss"] - baseline[s]["val_loss"] for s in seeds]
@@ -199,18 +230,20 @@ def tables(study: Study, results: dict) -> str:
 def _table(group: dict, variants: dict) -> str:
     lines = [
         f"| variant | trained | val loss (nats/token) | minus {group['baseline']} (95 % interval) | by seed | "
-        "cosine of co-selected keys | effective experts | largest gate | RMS experts / residual |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "cosine of co-selected keys | effective experts | largest gate | RMS experts / residual | respawns a layer |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     baseline = variants[group["baseline"]]["seeds"]
     for name in [group["baseline"], *group["variants"]]:
         row = variants[name]
         seeds = row["seeds"]
         if not seeds:
-            lines.append(f"| {name} | {row['trained']:,} | not run |" + " |" * 6)
+            lines.append(f"| {name} | {row['trained']:,} | not run |" + " |" * 7)
             continue
         losses = [figures["val_loss"] for figures in seeds.values()]
-        loss = f"{statistics.fmean(losses):.4f} ({min(losses):.4f} to {max(losses):.4f})"
+        finite = [loss for loss in losses if loss is not None]
+        loss = f"{statistics.fmean(finite):.4f} ({min(finite):.4f} to {max(finite):.4f})" if finite else ""
+        loss += f" {len(losses) - len(finite)} of {len(losses)} not finite" if len(finite) < len(losses) else ""
         found = paired(seeds, baseline)
         if name == group["baseline"]:
             difference, by_seed = "baseline", ""
@@ -226,6 +259,7 @@ def _table(group: dict, variants: dict) -> str:
                 ("effective_experts", 1),
                 ("largest_gate", 2),
                 ("output_over_residual", 3),
+                ("respawns", 1),
             )
         ]
         lines.append(f"| {name} | {row['trained']:,} | {loss} | {difference} | {by_seed} | " + " | ".join(means) + " |")

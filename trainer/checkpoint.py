@@ -23,7 +23,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from modeling.some import KeyStore
+from trainer.config import Experiment
 from trainer.engine import MOMENTS, CoreState
+from trainer.published import merge
 
 FORMAT = "some-checkpoint-2"
 POINTER = "latest"
@@ -140,12 +142,10 @@ def check_resumable(folder: Path, saved: RunState, ours: RunState) -> None:
         ValueError: naming the first setting that differs, both values and the cure.
     """
     cure = "set it back, choose another --output_dir, or start anew with --resume never"
-    theirs_flat, ours_flat = _flatten(saved.experiment), _flatten(ours.experiment)
-    for key in sorted(theirs_flat | ours_flat):
-        if key in FREE_KEYS or key.startswith(FREE_SECTIONS):
-            continue
-        if theirs_flat.get(key) != ours_flat.get(key):
-            raise ValueError(f"{key} = {ours_flat.get(key)} but the checkpoint {folder} has {theirs_flat.get(key)}; {cure}")
+    # A key that is newer than the checkpoint has its default, which is how the checkpoint was trained.
+    defaults = Experiment().to_dict()
+    for key, (old, new) in differing_keys(merge(defaults, saved.experiment), merge(defaults, ours.experiment)).items():
+        raise ValueError(f"{key} = {new} but the checkpoint {folder} has {old}; {cure}")
     checks = [
         ("precision", saved.precision, ours.precision, "use the --ds_config it was trained with"),
         ("pool", saved.pool, ours.pool, "the frozen experts would differ; use the seed, sizes and torch version it had"),
@@ -156,6 +156,16 @@ def check_resumable(folder: Path, saved: RunState, ours: RunState) -> None:
         # Data hashes are known only once the data is prepared; empty = not checked yet.
         if mine and theirs != mine:
             raise ValueError(f"{name} = {mine} but the checkpoint {folder} has {theirs}; {advice}, or --resume never")
+
+
+def differing_keys(theirs: dict[str, Any], ours: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Key path to both values wherever two resolved experiments differ in what may change a curve; sorted by key."""
+    theirs, ours = _flatten(theirs), _flatten(ours)
+    return {
+        key: (theirs.get(key), ours.get(key))
+        for key in sorted(theirs.keys() | ours.keys())
+        if theirs.get(key) != ours.get(key) and key not in FREE_KEYS and not key.startswith(FREE_SECTIONS)
+    }
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

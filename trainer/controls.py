@@ -1,7 +1,7 @@
 """Controls: what an experiment is turned into by `control=NAME`, to see what a part of it is worth.
 
-Each changes one thing and leaves data, schedule, seed and the rest of the model as they are. The number of trained
-parameters changes where a part goes that has some; `--list` and every table print it.
+Each takes one thing away and leaves data, schedule, seed and the rest of the model as they are. The number of trained
+parameters changes where a part goes that has some; `--dry_run` and every table print it.
 """
 
 from collections.abc import Callable
@@ -32,7 +32,7 @@ def _hash_routing(model: ModelConfig) -> ModelConfig:
 
 
 def _shared_expert(model: ModelConfig) -> ModelConfig:
-    """Every token goes to the same single expert."""
+    """Every token goes to the same single expert, at 1/K of the active FLOPs."""
     return _with_some(model, routing="shared", top_k=1, rules=KeyRules.preset("fixed"))
 
 

@@ -78,9 +78,11 @@ class SoMELayer(nn.Module):
 
         if self.query is None:
             queries_TD = x_TD.float()
-            gates_TK, expert_ids_TK = fixed_route(
-                self.config, input_ids_BS[real_BS].flatten(), self.store.seed, self.store.layer
-            )
+            if input_ids_BS is None and self.config.routing == "hash":
+                raise ValueError("input_ids_BS = None, but model.some.routing = hash goes by token ids; pass them")
+            ids_BS = torch.zeros(x_BSD.shape[:2], dtype=torch.int64) if input_ids_BS is None else input_ids_BS
+            token_ids_T = ids_BS.to(x_BSD.device)[real_BS].flatten()
+            gates_TK, expert_ids_TK = fixed_route(self.config, token_ids_T, self.store.seed, self.store.layer)
         else:
             # On padding too, then dropped: so the shapes of the products repeat from batch to batch and kernels that are
             # compiled for a shape are reused.

@@ -18,9 +18,9 @@ from modeling.some.respawn import token_priorities
 class Routing:
     """How one SoME layer routed one batch of real tokens; leaves the model as a value, detached from the graph.
 
-    `queries_TD` fp32 unit queries, `expert_ids_TK` int64 in descending order of score, `gates_TK` fp32,
-    `output_squares_T` and `residual_squares_T` fp32: sums of squares over D of what is added to the residual stream and of
-    the stream itself.
+    `queries_TD` fp32 queries (where none are asked for, the layer's input), `expert_ids_TK` int64 in descending order of
+    score, `gates_TK` fp32, `output_squares_T` and `residual_squares_T` fp32: sums of squares over D of what is added to the
+    residual stream and of the stream itself.
     """
 
     queries_TD: torch.Tensor

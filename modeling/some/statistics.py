@@ -52,8 +52,11 @@ class KeyStatistics:
             query_sums[slot].index_add_(0, expert_ids_TK[:, slot], queries_TD.float())
         gate_mass = torch.zeros(E, device=queries_TD.device)
         if gates_TK is not None:
-            weights = gates_TK.double().flatten()
-            gate_mass = torch.bincount(expert_ids_TK.flatten(), weights, minlength=E).float()
+            ids_N, gates_N = expert_ids_TK.flatten(), gates_TK.double().flatten()
+            if ids_N.is_cuda:
+                gate_mass = gate_mass.double().index_add_(0, ids_N, gates_N).float()
+            else:
+                gate_mass = torch.bincount(ids_N, gates_N, minlength=E).float()
         return KeyStatistics(counts, pairs + pairs.T, query_sums, gate_mass, candidates)
 
     def add_(self, other: "KeyStatistics") -> "KeyStatistics":
@@ -68,5 +71,8 @@ class KeyStatistics:
 
 
 def _count(index_N: torch.Tensor, size: int) -> torch.Tensor:
-    """How often each of 0 .. size-1 occurs; integer sums, so the order of addition cannot matter."""
+    """(size,) int32: how often each of 0 .. size-1 occurs; integer sums, so the order of addition cannot matter."""
+    if index_N.is_cuda:  # bincount waits for the host there
+        ones_N = torch.ones_like(index_N, dtype=torch.int32)
+        return torch.zeros(size, dtype=torch.int32, device=index_N.device).index_add_(0, index_N, ones_N)
     return torch.bincount(index_N, minlength=size).to(torch.int32)

@@ -56,8 +56,8 @@ class DataConfig:
     """Whether [EOS] follows a document (before it is cut); false needs padded rows."""
 
     count_padding: bool = False
-    """Pad rows to model.max_seq_len and treat padding as text: it is a target, is routed and moves keys. Published
-    versions before v5 did so. Needs padded rows."""
+    """Pad rows to model.max_seq_len and treat padding as text: it is a target, is routed and moves keys. All
+    published versions but v5 to v7 did so. Needs padded rows."""
 
     drop_last_validation: bool = False
     """Leave the rows beyond the last full batch of train.batch_size out of the published validation loss."""
