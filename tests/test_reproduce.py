@@ -201,6 +201,10 @@ SHORT = {"train": {"documents": 18_000}, "dropped": {"empty": 0, "overlap": 897}
          "none: not finished: step 156 of 624, epoch 1 compared: +10.0 %"),
         ({"losses_of": {0: 9.0}, "done": False}, "none: not finished: step 0 of 624"),
         ({"losses_of": {0: 9.0, 4: float("nan")}}, "none: the loss is not finite"),
+        (
+            {"data": {"tokenizer_documents": 18897}},
+            "none: fewer documents than the run asks for: tokenizer 18,897 of 2,119,719, epoch 4 compared: +0.0 %",
+        ),
         ({"data": SHORT}, "none: fewer documents than the run asks for: train 18,897 of 20,000, epoch 4 compared: +0.0 %"),
         ({"train.learning_rate": 0.001}, "none: settings changed: train.learning_rate, epoch 4 compared: +0.0 %"),
         ({"checkpoint.every": 7, "data.path": "here", "seed": 3, "data.allow_fewer": "true"}, "inside 2 % (+0.0 %)"),
@@ -294,6 +298,7 @@ def test_collect_finds_every_experiment_and_control_in_the_folder(tmp_path):
         ([SOME, "--ds_config", "/nowhere.json"], "/nowhere.json"),
         ([SOME, "--ranks", "3"], "does not divide over 3 ranks"),
         ([SOME, DENSE, "--control", "random_keys"], f"{DENSE}+random_keys: control = 'random_keys'"),
+        ([SOME, "--control", "random_keys", "--set", "model.some.rules.preset=fixed"], "changes nothing here"),
         ([], "no experiment named"),
         (["--collect"], "holds no runs"),
     ],

@@ -200,6 +200,9 @@ def check(entry: Entry, arguments: argparse.Namespace) -> Experiment:
     """The run's experiment, checked as the trainer will."""
     try:
         experiment = load_experiment(entry.experiment_id, overrides(entry, arguments))
+        without = [setting for setting in overrides(entry, arguments) if not setting.startswith("control=")]
+        if entry.control and load_experiment(entry.experiment_id, without).model == experiment.model:
+            raise ValueError(f"--control {entry.control} changes nothing here; leave it out")
         layout = Layout.of(experiment, Launch(0, arguments.ranks, 0, arguments.ranks))
         load_ds_config(arguments.ds_config, experiment, layout, arguments.ranks)
     except ValueError as error:

@@ -53,6 +53,9 @@ def shortages(run: Run) -> list[str]:
             has += data["dropped"]["overlap"]  # left out on purpose, not lacking
         if wanted and has is not None and has < wanted:
             texts.append(f"{split} {has:,} of {wanted:,}")
+    wanted, has = run.experiment.data.tokenizer_documents, data.get("tokenizer_documents")
+    if wanted and has is not None and has < wanted:
+        texts.append(f"tokenizer {has:,} of {wanted:,}")
     return texts
 
 
@@ -227,8 +230,6 @@ class Row:
                     remarks.append(f"{name} parameters were printed as {millions:.2f} M")
         if self.ran.data.path not in (None, self.asked.data.path):
             remarks.append("own data.path")
-        notes = {note for run in self.counted for note in run.how.get("data", {}).get("notes", [])}
-        remarks += sorted(note for note in notes if note.startswith("data.tokenizer_documents"))
         if len({run.how.get("git_commit") for run in self.counted}) > 1:
             remarks.append("seeds ran at different commits")
         return remarks

@@ -21,7 +21,7 @@ from trainer.data.sequences import ARRAYS, RowLayout, Sequences, write_rows, wri
 from trainer.data.sources import load_documents, tokenizer_texts
 from trainer.data.tokenizer import check_vocab_size, load_tokenizer, pad_id, tokenizer_hash, train_tokenizer
 
-FORMAT = 2  # part of every key: raise it when what is cached changes its meaning
+FORMAT = 3  # part of every key: raise it when what is cached changes its meaning
 SPLITS = ("train", "validation")
 FILES = ("tokenizer.json", *(f"{split}/{name}.npy" for split in SPLITS for name in ARRAYS))
 META = "meta.json"
@@ -65,16 +65,19 @@ def prepare_data(config: DataConfig, vocab_size: int, max_seq_len: int, seed: in
         return tokenizer_texts(config, seed) if has_own_texts else documents.train
 
     has_own_texts = config.tokenizer_documents is not None or config.tokenizer_from is not None
-    tokenizer_texts_hash = train_hash
+    tokenizer_texts_hash, number_of_texts = train_hash, len(documents.train)
     if has_own_texts:
-        tokenizer_texts_hash, number = _hash_texts(texts_of_tokenizer())
+        tokenizer_texts_hash, number_of_texts = _hash_texts(texts_of_tokenizer())
         source = f"data.tokenizer_from={config.tokenizer_from!r}" if config.tokenizer_from else "the source"
-        if not number:
+        if not number_of_texts:
             raise ValueError(
                 f"{source} has no documents to train the tokenizer on: set data.tokenizer_from to data with some"
             )
-        if config.tokenizer_documents is not None and number < config.tokenizer_documents:
-            notes.append(f"data.tokenizer_documents={config.tokenizer_documents}, but {source} has only {number}")
+        if config.tokenizer_documents is not None and number_of_texts < config.tokenizer_documents:
+            shortage = f"data.tokenizer_documents={config.tokenizer_documents}, but {source} has only {number_of_texts}"
+            if not config.allow_fewer:
+                raise ValueError(f"{shortage}: lower it, or take what there is with --set data.allow_fewer=true")
+            notes.append(shortage)
     for line in notes:
         print(f"data: {line}")
     for reason, number in documents.dropped.items():
@@ -92,7 +95,7 @@ def prepare_data(config: DataConfig, vocab_size: int, max_seq_len: int, seed: in
             if folder.exists():
                 print(f"data: rebuilding cache entry {folder}: {problem}")
             summary = {"dropped": documents.dropped, "notes": notes}
-            summary |= {"vocab_size": vocab_size, "max_seq_len": max_seq_len}
+            summary |= {"vocab_size": vocab_size, "max_seq_len": max_seq_len, "tokenizer_documents": number_of_texts}
             texts = {"train": documents.train, "validation": documents.validation}
             _build(folder, key, texts, tokenizer, layout, summary)
     except OSError as error:

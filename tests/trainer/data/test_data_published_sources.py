@@ -95,7 +95,11 @@ def test_tokenizer_documents_are_the_first_of_the_source(tmp_path, kind, capsys)
         train_tokenizer(STORIES[:5], VOCAB, kind)
     )
     capsys.readouterr()
-    data = prepared(dataclasses.replace(config, tokenizer_documents=2119719))
+    whole = dataclasses.replace(config, tokenizer_documents=2119719)
+    with pytest.raises(ValueError, match="tokenizer_documents=2119719, but the source has only 40: lower it, or take"):
+        prepared(whole)
+    data = prepared(dataclasses.replace(whole, allow_fewer=True))
+    assert data.summary["tokenizer_documents"] == 40
     assert data.tokenizer_hash == tokenizer_hash(train_tokenizer(STORIES[:40], VOCAB, kind))
     (note,) = data.summary["notes"]
     assert "tokenizer_documents=2119719, but the source has only 40" in note and note in capsys.readouterr().out
