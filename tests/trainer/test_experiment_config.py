@@ -11,7 +11,7 @@ SERIES_B = {"a4": 701_496_320, "b1": 1_373_568_000, "b2": 2_717_711_360, "b3": 5
 
 
 def test_every_shipped_experiment_loads():
-    assert experiment_names() == [*SERIES_B, "quickstart", "study", *published_ids()]
+    assert experiment_names() == [*SERIES_B, "hash_readout", "quickstart", "study", *published_ids()]
     for name in experiment_names():
         experiment = load_experiment(name)
         assert experiment.name == name and isinstance(experiment.model, ModelConfig)
@@ -61,7 +61,7 @@ def test_round_trip_through_yaml(tmp_path):
     ("name", "settings", "message"),
     [
         ("quikstart", [], r"--experiment quikstart: unknown; did you mean quickstart\?"),
-        ("zzz", [], "known: a4, b1, b2, b3, quickstart, study, nb-v1.1-v4.3, .*"),
+        ("zzz", [], "known: a4, b1, b2, b3, hash_readout, quickstart, study, nb-v1.1-v4.3, .*"),
         ("missing.yaml", [], "missing.yaml: cannot be read"),
         ("quickstart", ["train.lerning_rate=1"], r"train.lerning_rate: unknown key; did you mean learning_rate\?"),
         ("quickstart", ["model.some.topk=1"], r"model.some.topk: unknown key; did you mean top_k\?"),
