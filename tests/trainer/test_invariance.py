@@ -97,3 +97,36 @@ def test_resume_on_the_same_ranks_is_bitwise(runs):
         theirs = load_file(unbroken / step / f"{file}.safetensors")
         for key, tensor in load_file(ours / step / f"{file}.safetensors").items():
             assert tensor.equal(theirs[key]), f"{file}: {key}"
+
+
+PADDED = [
+    "data.name=stories", "data.train_documents=200", "data.val_documents=12", "data.tokenizer_documents=null",
+    "model.vocab_size=500", "model.d_model=32", "model.num_layers=2", "model.num_heads=2", "model.max_seq_len=48",
+    "model.some.num_experts=16", "model.some.d_ffn=16", "model.some.top_k=2", "train.batch_size=8", "train.steps=12",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("experiment", "rules"),
+    [
+        # Decay fast enough that keys die within the run.
+        ("v7-clamp", ["model.some.rules.delta=0.5", "model.some.rules.theta_percentile=0.3"]),
+        ("v3-1-v1", ["model.some.rules={preset: corrected, delta: 0.6, theta_percentile: 0.5, warmup_steps: 2}"]),
+    ],
+    ids=["v7, real targets", "corrected, padding counted"],
+)
+def test_respawns_and_published_conventions_are_the_same_on_any_ranks(tmp_path, cache_dir, experiment, rules):
+    warm = ["model.some.rules.warmup_steps=2"] if experiment == "v7-clamp" else []
+    common = ["--ds_config", FP32, "--experiment", experiment]
+    for setting in [*PADDED, *rules, *warm, f"data.cache_dir={cache_dir}"]:
+        common += ["--set", setting]
+    ways = {"one": (1, 8), "two": (2, 2)}
+    for name, (ranks, micro_batch) in ways.items():
+        succeed(*common, "--set", f"train.max_micro_batch={micro_batch}", "--output_dir", str(tmp_path / name), ranks=ranks)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=2e-4)
+    ends = [records(tmp_path / name, "eval")[-1] for name in ways]
+    respawns = [[layer["respawns"] for layer in end["layers"]] for end in ends]
+    assert respawns[0] == respawns[1] and min(respawns[0]) > 0
+    published = "val_loss_with_padding" if experiment == "v3-1-v1" else "val_loss_batch_mean"
+    for key in ("val_loss", published, "bits_per_byte"):
+        assert ends[0][key] == pytest.approx(ends[1][key], rel=2e-4)
