@@ -101,12 +101,12 @@ def reproduce(arguments: argparse.Namespace) -> int:
         return 0
     code = 0
     if not arguments.collect:
-        todo = entries if arguments.task is None else [pick(entries, arguments.task)]
-        experiments = [check(entry, arguments) for entry in todo]
+        chosen = entries if arguments.task is None else [pick(entries, arguments.task)]
+        experiments = [check(entry, arguments) for entry in chosen]
         try:
             with stop_on_signals():
-                for number, (entry, experiment) in enumerate(zip(todo, experiments, strict=True), 1):
-                    print(f"[{number}/{len(todo)}] {entry.folder}: ", end="", flush=True)
+                for number, (entry, experiment) in enumerate(zip(chosen, experiments, strict=True), 1):
+                    print(f"[{number}/{len(chosen)}] {entry.folder}: ", end="", flush=True)
                     if not carry_out(entry, experiment, arguments):
                         code = EXIT_FAILED
         except KeyboardInterrupt:

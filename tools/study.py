@@ -117,7 +117,7 @@ def run_missing(study: Study, arguments: argparse.Namespace) -> list[str]:
     Seed by seed, so that a study cut short is a smaller study.
     """
     names = arguments.only or list(study.variants)
-    todo = [(name, seed) for seed in range(arguments.seeds) for name in names]
+    chosen = [(name, seed) for seed in range(arguments.seeds) for name in names]
     threads = max(1, len(os.sched_getaffinity(0)) // arguments.jobs)
 
     def one(job: tuple[str, int]) -> None:
@@ -138,7 +138,7 @@ def run_missing(study: Study, arguments: argparse.Namespace) -> list[str]:
     pool = ThreadPoolExecutor(arguments.jobs)
     try:
         with stop_on_signals():
-            list(pool.map(one, todo))
+            list(pool.map(one, chosen))
     except KeyboardInterrupt:
         pool.shutdown(wait=False, cancel_futures=True)
         stop_all()
