@@ -9,7 +9,11 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["modeling*", "trainer*", "tools*"]),
-    package_data={"tools": ["study.yaml"], "trainer": ["experiments/*.yaml", "experiments/published/*.yaml"]},
+    package_data={
+        "modeling": ["some/kernels/*.cpp"],
+        "tools": ["study.yaml"],
+        "trainer": ["experiments/*.yaml", "experiments/published/*.yaml"],
+    },
     install_requires=[
         "torch>=2.10",
         "deepspeed>=0.19.2",  # older versions cast the fp32 key stores to bf16

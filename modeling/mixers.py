@@ -87,8 +87,8 @@ class ChannelMixer(nn.Module):
 
     def _frozen_ffn(self, x_TD: torch.Tensor) -> torch.Tensor:
         """One expert that every position goes to."""
-        tokens_T = torch.arange(len(x_TD), device=x_TD.device)
-        return self.frozen(x_TD, torch.ones(len(x_TD), device=x_TD.device), tokens_T, [len(x_TD)])
+        gates_T1 = torch.ones(len(x_TD), 1, device=x_TD.device)
+        return self.frozen(x_TD, gates_T1, torch.zeros_like(gates_T1, dtype=torch.int64))
 
 
 def frozen_config(config: ModelConfig) -> SoMEConfig | None:

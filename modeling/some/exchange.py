@@ -35,7 +35,7 @@ class LocalExchange:
     def __call__(
         self, x_TD: torch.Tensor, gates_TK: torch.Tensor, expert_ids_TK: torch.Tensor, pool: FrozenExpertPool
     ) -> torch.Tensor:
-        return _run_experts(x_TD, gates_TK, expert_ids_TK, pool)
+        return pool(x_TD, gates_TK, expert_ids_TK)
 
 
 class AllToAllExchange:
@@ -69,22 +69,12 @@ class AllToAllExchange:
 
         slots_MK = splits.send(slots_SK)
         x_MD, gates_MK = _Dispatch.apply(x_TD[token_S], gates_TK[token_S], splits)
-        partial_MD = _run_experts(x_MD, gates_MK, slots_MK.long(), pool)
+        partial_MD = pool(x_MD, gates_MK, slots_MK.long())
         partial_SD = _Return.apply(partial_MD, splits)
 
         # A token's partial sums are added in fp32, in order of ranks.
         y_TD = torch.zeros(x_TD.shape, dtype=torch.float32, device=x_TD.device)
         return y_TD.index_add(0, token_S, partial_SD.float()).to(x_TD.dtype)
-
-
-def _run_experts(x_TD: torch.Tensor, gates_TK: torch.Tensor, slots_TK: torch.Tensor, pool: FrozenExpertPool) -> torch.Tensor:
-    """Sort the (token, expert) pairs by expert of the shard (-1: not here) and run the pool on them."""
-    K = slots_TK.shape[1]
-    slots_N, pairs_N = slots_TK.flatten().sort(stable=True)
-    rows_e = torch.bincount(slots_N + 1, minlength=len(pool.expert_ids) + 1).tolist()
-    elsewhere, rows_e = rows_e[0], rows_e[1:]
-    pairs_R = pairs_N[elsewhere:]
-    return pool(x_TD, gates_TK.flatten()[pairs_R], pairs_R // K, rows_e)
 
 
 class _Splits:

@@ -3,8 +3,8 @@
 An expert e computes y_e(x) = W_up gelu(W_down x + b_down) + b_up with exact GELU (specs section 2). Its weights are a pure
 function of (seed, layer, expert, init, shape, dtype): never trained, sent or saved, only materialised.
 
-Shapes: T tokens, R routed rows (a row is one token at one expert), B rows in blocks, D width, F expert hidden width,
-E experts in the layer, e experts in this rank's shard.
+Shapes: T tokens, K experts a token, r rows of one expert, D width, F expert hidden width, E experts in the layer, e experts
+in this rank's shard.
 """
 
 import contextlib
@@ -19,6 +19,9 @@ from torch import nn
 
 from modeling.config import SoMEConfig
 from modeling.seeding import derive_generator
+from modeling.some.experts_amx import amx_experts, can_use_amx
+from modeling.some.experts_loop import loop_experts
+from modeling.some.rows import RoutedRows
 
 
 def expert_weights(
@@ -89,6 +92,8 @@ class FrozenExpertPool(nn.Module):
         shapes = {"w_down_eFD": (n, H, D), "b_down_eF": (n, H), "w_up_eDF": (n, D, H), "b_up_eD": (n, D)}
         for name, shape in shapes.items():
             self.register_buffer(name, torch.zeros(shape, dtype=dtype, device=device), persistent=False)
+        self.kernel = "amx" if can_use_amx(self.w_down_eFD) else "loop"
+        """Which implementation computes: `amx` (fused, for CPUs that have it) or `loop` (torch's products, everywhere)."""
         workers = torch.get_num_threads()
         with _one_thread_each(), ThreadPoolExecutor(workers) as threads:
             list(threads.map(self._materialise, range(n)))
@@ -100,35 +105,29 @@ class FrozenExpertPool(nn.Module):
         for place, weight in zip(places, weights, strict=True):
             place[slot].copy_(weight)
 
-    def forward(
-        self, x_TD: torch.Tensor, gates_R: torch.Tensor, tokens_R: torch.Tensor, rows_e: Sequence[int]
-    ) -> torch.Tensor:
-        """Gate-weighted sum of the experts' outputs for each token.
+    def forward(self, x_TD: torch.Tensor, gates_TK: torch.Tensor, slots_TK: torch.Tensor) -> torch.Tensor:
+        """Gate-weighted sum of each token's experts.
 
         Args:
             x_TD: inputs, any floating dtype.
-            gates_R: fp32 weight of each row.
-            tokens_R: int64 token index of each row; rows are sorted by expert of the shard, and an expert's rows name
-                distinct tokens.
-            rows_e: number of rows of each expert of the shard.
+            gates_TK: fp32 weights of a token's experts.
+            slots_TK: int64 places of these experts in the shard, distinct within a token; -1 = not here.
 
         Returns:
-            (T, D) in the dtype of `x_TD`; zero for a token without rows.
+            (T, D) in the dtype of `x_TD`; zero for a token that has no expert here.
         """
-        return _FrozenExperts.apply(
-            x_TD, gates_R, tokens_R, rows_e, self.w_down_eFD, self.b_down_eF, self.w_up_eDF, self.b_up_eD
-        )
+        rows = RoutedRows.of(slots_TK, len(self.expert_ids))
+        kernel = amx_experts if self.kernel == "amx" else loop_experts
+        return kernel(x_TD, gates_TK, rows, self.w_down_eFD, self.b_down_eF, self.w_up_eDF, self.b_up_eD)
 
-    def reference(
-        self, x_TD: torch.Tensor, gates_R: torch.Tensor, tokens_R: torch.Tensor, rows_e: Sequence[int]
-    ) -> torch.Tensor:
+    def reference(self, x_TD: torch.Tensor, gates_TK: torch.Tensor, slots_TK: torch.Tensor) -> torch.Tensor:
         """What `forward` computes, in plain differentiable operations."""
         y_TD = torch.zeros_like(x_TD, dtype=torch.float32)
-        for slot, rows in enumerate(_segments(rows_e)):
-            x_rD = x_TD[tokens_R[rows]].to(self.w_down_eFD.dtype)
-            h_rF = F.gelu(F.linear(x_rD, self.w_down_eFD[slot], self.b_down_eF[slot]))
+        for slot in range(len(self.expert_ids)):
+            tokens_r, places_r = (slots_TK == slot).nonzero(as_tuple=True)
+            h_rF = F.gelu(F.linear(x_TD[tokens_r].to(self.w_down_eFD.dtype), self.w_down_eFD[slot], self.b_down_eF[slot]))
             y_rD = F.linear(h_rF, self.w_up_eDF[slot], self.b_up_eD[slot])
-            y_TD = y_TD.index_add(0, tokens_R[rows], gates_R[rows, None] * y_rD.float())
+            y_TD = y_TD.index_add(0, tokens_r, gates_TK[tokens_r, places_r, None] * y_rD.float())
         return y_TD.to(x_TD.dtype)
 
     def content_hash(self) -> str:
@@ -137,91 +136,6 @@ class FrozenExpertPool(nn.Module):
         for buffer in self.buffers():
             digest.update(buffer.detach().cpu().contiguous().view(torch.uint8).numpy())
         return digest.hexdigest()
-
-
-class _FrozenExperts(torch.autograd.Function):
-    """Experts without weight gradients: the backward needs the pre-activations h and nothing else per row.
-
-    Each expert's rows are computed as one block (see `_blocks`); rows beyond its own are zeros and are left out of every
-    sum. Shapes there: b rows of one block, r <= b rows that are real.
-    """
-
-    @staticmethod
-    def forward(ctx, x_TD, gates_R, tokens_R, rows_e, w_down_eFD, b_down_eF, w_up_eDF, b_up_eD):
-        x_in_TD = x_TD.to(w_down_eFD.dtype)
-        blocks = _blocks(rows_e, x_in_TD)
-        # Sums over experts in fp32: bf16 would round once per expert.
-        y_TD = torch.zeros(x_TD.shape, dtype=torch.float32, device=x_TD.device)
-        keep = any(ctx.needs_input_grad)
-        h_BF = x_in_TD.new_empty(blocks[-1][2].stop if keep and blocks else 0, w_down_eFD.shape[1])
-        for slot, rows, block in blocks:
-            tokens_r, r = tokens_R[rows], rows.stop - rows.start
-            x_bD = _gather(x_in_TD, tokens_r, block)
-            out = h_BF[block] if keep else None
-            h_bF = torch.addmm(b_down_eF[slot], x_bD, w_down_eFD[slot].T, out=out)
-            y_bD = torch.addmm(b_up_eD[slot], F.gelu(h_bF), w_up_eDF[slot].T)
-            y_TD.index_add_(0, tokens_r, y_bD[:r].float().mul_(gates_R[rows, None]))
-        ctx.save_for_backward(gates_R, tokens_R, h_BF, w_down_eFD, w_up_eDF, b_up_eD)
-        ctx.blocks, ctx.x_dtype = blocks, x_TD.dtype
-        return y_TD.to(x_TD.dtype)
-
-    @staticmethod
-    def backward(ctx, grad_y_TD):
-        gates_R, tokens_R, h_BF, w_down_eFD, w_up_eDF, b_up_eD = ctx.saved_tensors
-        grad_in_TD = grad_y_TD.to(h_BF.dtype)
-        grad_x_TD = torch.zeros(grad_y_TD.shape, dtype=torch.float32, device=grad_y_TD.device)
-        grad_gates_R = torch.zeros_like(gates_R)
-        for slot, rows, block in ctx.blocks:
-            tokens_r, r, h_bF = tokens_R[rows], rows.stop - rows.start, h_BF[block]
-            grad_y_bD = _gather(grad_in_TD, tokens_r, block)
-            # The ungated gradient of the activation serves twice: times the activation it is dL/dgate, so y is not kept.
-            grad_a_bF = grad_y_bD @ w_up_eDF[slot]
-            grad_bias_r = grad_y_bD[:r].float() @ b_up_eD[slot].float()
-            grad_gates_R[rows] = (grad_a_bF[:r].float() * F.gelu(h_bF[:r]).float()).sum(-1) + grad_bias_r
-            grad_a_bF[:r] *= gates_R[rows, None].to(grad_a_bF.dtype)
-            grad_h_bF = torch.ops.aten.gelu_backward(grad_a_bF, h_bF)
-            grad_x_TD.index_add_(0, tokens_r, (grad_h_bF @ w_down_eFD[slot])[:r].float())
-        return grad_x_TD.to(ctx.x_dtype), grad_gates_R, *[None] * 6
-
-
-def _gather(source_TD: torch.Tensor, tokens_r: torch.Tensor, block: slice) -> torch.Tensor:
-    """(b, D): the rows of `tokens_r`, then zeros."""
-    rows_bD = source_TD.new_zeros(block.stop - block.start, source_TD.shape[1])
-    torch.index_select(source_TD, 0, tokens_r, out=rows_bD[: len(tokens_r)])
-    return rows_bD
-
-
-def _blocks(rows_e: Sequence[int], like: torch.Tensor) -> list[tuple[int, slice, slice]]:
-    """`(slot, its rows, its rows in the block layout)` for every expert that has any."""
-    blocks, start = [], 0
-    for slot, rows in enumerate(_segments(rows_e)):
-        size = _block_size(rows.stop - rows.start, like)
-        if size:
-            blocks.append((slot, rows, slice(start, start + size)))
-            start += size
-    return blocks
-
-
-def _block_size(rows: int, like: torch.Tensor) -> int:
-    """Rows that are computed for `rows` that are wanted.
-
-    bf16 on CPUs goes through oneDNN, which compiles a kernel for every new number of rows (2-7 ms, ten times the product
-    itself) and forgets old ones beyond 1,024: with eight sizes an octave, at least 32 rows apart, a run has all its kernels
-    after a few steps, for at most an eighth more rows (and 32).
-    """
-    if like.device.type != "cpu" or like.dtype != torch.bfloat16:
-        return rows
-    multiple = max(32, 1 << (rows.bit_length() - 4) if rows > 8 else 1)
-    return -(-rows // multiple) * multiple
-
-
-def _segments(rows_e: Sequence[int]) -> list[slice]:
-    """Row range of each expert."""
-    segments, start = [], 0
-    for rows in rows_e:
-        segments.append(slice(start, start + rows))
-        start += rows
-    return segments
 
 
 def pool_manifest(config: SoMEConfig, num_layers: int, seed: int) -> dict:

@@ -7,8 +7,11 @@ import torch
 
 from modeling.some import FrozenExpertPool, SoMEConfig, pool_manifest
 from modeling.some.experts import expert_weights
+from modeling.some.experts_amx import why_not_amx
+from modeling.some.native import load_library
 
 CONFIG = SoMEConfig(d_model=16, num_experts=6, d_ffn=24, top_k=2)
+WIDE = SoMEConfig(d_model=64, num_experts=6, d_ffn=96, top_k=2)  # what the fused kernel takes: multiples of 32
 
 
 def test_weights_depend_on_nothing_but_their_arguments():
@@ -74,47 +77,116 @@ def test_biases_are_zero_and_nothing_is_a_parameter_or_saved():
     assert not list(pool.parameters()) and not pool.state_dict()
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-def test_outputs_and_gradients_equal_the_reference(dtype, tolerance):
+def make_pool(kernel: str, dtype: torch.dtype, config: SoMEConfig = WIDE, biases: bool = True) -> FrozenExpertPool:
+    if kernel == "amx" and why_not_amx():
+        pytest.skip(f"the fused kernel cannot run here: {why_not_amx()}")
+    pool = FrozenExpertPool(config, dtype=dtype)
+    pool.kernel = kernel
     generator = torch.Generator().manual_seed(0)
-    pool = FrozenExpertPool(CONFIG, dtype=dtype)
-    for bias in (pool.b_down_eF, pool.b_up_eD):
-        bias.normal_(generator=generator)  # other inits have biases: they must be right too
-    rows = [10, 0, 33, 7, 0, 1]
-    tokens_R = torch.cat([torch.randperm(40, generator=generator)[:r] for r in rows])
-    weight_TD = torch.randn(40, 16, generator=generator).to(dtype)
+    for bias in (pool.b_down_eF, pool.b_up_eD) if biases else ():
+        bias.normal_(generator=generator)
+    return pool
+
+
+def make_slots(tokens: int, experts: int, top_k: int, elsewhere: float, generator: torch.Generator) -> torch.Tensor:
+    """Distinct experts for each token, unevenly popular, some of them in other shards."""
+    popularity = torch.rand(tokens, experts, generator=generator) + torch.linspace(0, 1.5, experts)
+    slots_TK = popularity.topk(top_k).indices
+    slots_TK[torch.rand(slots_TK.shape, generator=generator) < elsewhere] = -1
+    return slots_TK
+
+
+@pytest.mark.parametrize(
+    ("kernel", "dtype", "x_dtype", "tolerance"),
+    [
+        ("loop", torch.float32, torch.float32, 1e-6),
+        ("loop", torch.bfloat16, torch.bfloat16, 6e-3),
+        ("amx", torch.bfloat16, torch.bfloat16, 6e-3),
+        ("amx", torch.bfloat16, torch.float32, 5e-3),
+    ],
+)
+@pytest.mark.parametrize(
+    ("tokens", "top_k", "elsewhere"), [(40, 2, 0.0), (1, 1, 0.0), (700, 3, 0.4), (1500, 6, 0.0), (9, 2, 1.0)]
+)
+def test_outputs_and_gradients_equal_the_reference_in_float64(kernel, dtype, x_dtype, tolerance, tokens, top_k, elsewhere):
+    pool, exact = make_pool(kernel, dtype), make_pool("loop", torch.float64)
+    for ours, its in zip(pool.buffers(), exact.buffers(), strict=True):
+        its.copy_(ours)
+    generator = torch.Generator().manual_seed(tokens)
+    slots_TK = make_slots(tokens, WIDE.num_experts, top_k, elsewhere, generator)
+    x_TD, weight_TD = (torch.randn(tokens, WIDE.d_model, generator=generator).to(x_dtype) for _ in range(2))
+    gates_TK = torch.rand(tokens, top_k, generator=generator)
     results = []
-    for compute in (pool.forward, pool.reference):
-        inputs = torch.Generator().manual_seed(1)
-        x_TD = torch.randn(40, 16, generator=inputs).to(dtype).requires_grad_()
-        gates_R = torch.rand(len(tokens_R), generator=inputs).requires_grad_()
-        y_TD = compute(x_TD, gates_R, tokens_R, rows)
+    for compute, precision in ((pool.forward, x_dtype), (exact.reference, torch.float64)):
+        x, gates = x_TD.to(precision, copy=True).requires_grad_(), gates_TK.clone().requires_grad_()
+        y_TD = compute(x, gates, slots_TK)
         (y_TD * weight_TD).sum().backward()
-        results.append((y_TD, x_TD.grad, gates_R.grad))
-    for ours, reference in zip(*results, strict=True):
-        assert ours.dtype == reference.dtype
-        scale = reference.abs().max().item()
-        torch.testing.assert_close(ours, reference, atol=tolerance * scale, rtol=0)
+        results.append((y_TD.detach(), x.grad, gates.grad))
+    for ours, reference, kind in zip(*results, (x_dtype, x_dtype, torch.float32), strict=True):
+        assert ours.dtype == kind
+        assert (ours - reference).norm() <= tolerance * reference.norm()
+    assert (slots_TK == -1).all(dim=1).logical_not().equal(results[0][0].any(dim=1)), (
+        "a token without experts here gets zero"
+    )
 
 
-def test_nothing_but_preactivations_is_kept_for_the_backward():
-    pool = FrozenExpertPool(CONFIG)
-    x_TD = torch.randn(40, 16, requires_grad=True)
-    tokens_R = torch.arange(40)
+def test_the_fused_kernel_does_not_depend_on_threads():
+    pool, generator = make_pool("amx", torch.bfloat16), torch.Generator().manual_seed(0)
+    slots_TK = make_slots(900, WIDE.num_experts, 4, 0.1, generator)
+    x_TD, gates_TK = torch.randn(900, WIDE.d_model, generator=generator).bfloat16(), torch.rand(900, 4, generator=generator)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            x, gates = x_TD.clone().requires_grad_(), gates_TK.clone().requires_grad_()
+            y_TD = pool(x, gates, slots_TK)
+            y_TD.square().sum().backward()
+            results.append((y_TD.detach(), x.grad, gates.grad))
+    finally:
+        torch.set_num_threads(threads)
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
+@pytest.mark.parametrize("kernel", ["loop", "amx"])
+def test_nothing_but_preactivations_is_kept_for_the_backward(kernel):
+    pool = make_pool(kernel, torch.bfloat16)
+    x_TD = torch.randn(64, WIDE.d_model).bfloat16().requires_grad_()
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        pool(x_TD, torch.rand(40, requires_grad=True), tokens_R, [40, 0, 0, 0, 0, 0])
+        pool(x_TD, torch.rand(64, 1, requires_grad=True), torch.zeros(64, 1, dtype=torch.int64))
     pool_storages = {buffer.data_ptr() for buffer in pool.buffers()}
-    own = [t for t in kept if t.data_ptr() not in pool_storages]
-    assert sorted(t.numel() for t in own) == [40, 40, 40 * CONFIG.d_ffn], "gates, token indices, h"
+    own = [(t.numel(), t.dtype) for t in kept if t.data_ptr() not in pool_storages]
+    assert own == [(64, torch.float32), (64 * WIDE.d_ffn, torch.bfloat16)], "gates and h"
 
 
-def test_no_rows_at_all():
-    pool = FrozenExpertPool(CONFIG)
-    x_TD = torch.randn(0, 16, requires_grad=True)
-    y_TD = pool(x_TD, torch.zeros(0, requires_grad=True), torch.zeros(0, dtype=torch.int64), [0] * 6)
+@pytest.mark.parametrize("kernel", ["loop", "amx"])
+def test_no_rows_at_all(kernel):
+    pool = make_pool(kernel, torch.bfloat16)
+    x_TD = torch.randn(0, WIDE.d_model).bfloat16().requires_grad_()
+    y_TD = pool(x_TD, torch.zeros(0, 2, requires_grad=True), torch.zeros(0, 2, dtype=torch.int64))
     y_TD.sum().backward()
-    assert y_TD.shape == x_TD.grad.shape == (0, 16)
+    assert y_TD.shape == x_TD.grad.shape == (0, WIDE.d_model)
+
+
+def test_a_pool_uses_the_fused_kernel_where_it_can():
+    def kernel(config, **options):
+        return FrozenExpertPool(config, **options).kernel
+
+    assert kernel(CONFIG, dtype=torch.bfloat16) == kernel(WIDE) == "loop", "a width that does not fit, and fp32"
+    assert kernel(WIDE, dtype=torch.bfloat16) == ("loop" if why_not_amx() else "amx")
+
+
+def test_without_a_compiler_the_loop_computes_and_the_reason_is_known(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    load_library.cache_clear()
+    why_not_amx.cache_clear()
+    try:
+        assert "install one or set CXX" in why_not_amx()
+        assert FrozenExpertPool(WIDE, dtype=torch.bfloat16).kernel == "loop"
+    finally:
+        load_library.cache_clear()
+        why_not_amx.cache_clear()
 
 
 def test_manifest_tells_pools_apart():
