@@ -13,7 +13,7 @@ from torch import nn
 from modeling.config import ModelConfig, SoMEConfig
 from modeling.some.experts import FrozenExpertPool, pool_manifest
 from modeling.some.layer import SoMELayer
-from modeling.some.router import Routing
+from modeling.some.router import Routing, sums_of_squares
 
 
 class ChannelMixer(nn.Module):
@@ -81,8 +81,7 @@ class ChannelMixer(nn.Module):
         y_BSD = self.readout(F.layer_norm(y_BSD, y_BSD.shape[-1:], eps=1e-8))
         if routing is not None:
             added_TD = y_BSD if mask_BS is None else y_BSD[mask_BS]
-            squares_T = added_TD.detach().float().square().sum(-1).flatten()
-            routing = replace(routing, output_squares_T=squares_T)
+            routing = replace(routing, output_squares_T=sums_of_squares(added_TD).flatten())
         return y_BSD, routing
 
     def _frozen_ffn(self, x_TD: torch.Tensor) -> torch.Tensor:

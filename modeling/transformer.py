@@ -50,7 +50,9 @@ class SelfAttention(nn.Module):
         if x_BSD.device.type == "cpu":
             # The CPU kernel's backward is up to four times slower in bf16 than in fp32, and slower on strided input.
             qkv = qkv.float().contiguous()
-        mixed_BHSd = F.scaled_dot_product_attention(qkv[0], qkv[1], qkv[2], is_causal=self.causal)
+        # Unbound, not indexed: three indices would each fill a gradient of the size of all.
+        q_BHSd, k_BHSd, v_BHSd = qkv.unbind()
+        mixed_BHSd = F.scaled_dot_product_attention(q_BHSd, k_BHSd, v_BHSd, is_causal=self.causal)
         return self.out(mixed_BHSd.transpose(1, 2).reshape(B, S, D).to(x_BSD.dtype))
 
 

@@ -12,7 +12,7 @@ from modeling.some.exchange import AllToAllExchange, LocalExchange
 from modeling.some.experts import FrozenExpertPool
 from modeling.some.keys import KeyStore
 from modeling.some.placement import Placement
-from modeling.some.router import QueryNetwork, Routing, fixed_route, route
+from modeling.some.router import QueryNetwork, Routing, fixed_route, route, sums_of_squares
 
 
 class SoMELayer(nn.Module):
@@ -101,8 +101,8 @@ class SoMELayer(nn.Module):
             queries_TD=queries_TD.detach(),
             expert_ids_TK=expert_ids_TK,
             gates_TK=gates_TK.detach(),
-            output_squares_T=y_TD.detach().float().square().sum(-1),
-            residual_squares_T=residual_TD.detach().float().square().sum(-1),
+            output_squares_T=sums_of_squares(y_TD),
+            residual_squares_T=sums_of_squares(residual_TD),
         )
 
     def _temperature(self, temperature: float | None) -> float:

@@ -6,7 +6,6 @@ Shapes: T tokens, D width, E experts, K experts a token.
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from modeling.config import SoMEConfig
@@ -49,7 +48,28 @@ class QueryNetwork(nn.Sequential):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., D) any floating dtype to fp32 rows, of norm 1 unless the config says otherwise."""
         query = super().forward(x).float()
-        return F.normalize(query, dim=-1, eps=1e-12) if self.normalise else query
+        return _Normalise.apply(query) if self.normalise else query
+
+
+class _Normalise(torch.autograd.Function):
+    """Rows of norm 1, as torch.nn.functional.normalize, whose own backward passes over the rows three times as often."""
+
+    @staticmethod
+    def forward(ctx, x):
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_(min=1e-12)
+        unit = x / norm
+        ctx.save_for_backward(unit, norm)
+        return unit
+
+    @staticmethod
+    def backward(ctx, grad):
+        unit, norm = ctx.saved_tensors
+        return torch.addcmul(grad, unit, torch.linalg.vecdot(unit, grad)[..., None], value=-1).div_(norm)
+
+
+def sums_of_squares(x: torch.Tensor) -> torch.Tensor:
+    """(...) fp32 sums over the last dimension of `x`, any floating dtype; outside of the graph."""
+    return torch.linalg.vector_norm(x.detach(), dim=-1, dtype=torch.float32).square_()
 
 
 def fixed_route(config: SoMEConfig, token_ids_T: torch.Tensor, seed: int, layer: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -5,10 +5,11 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 from modeling.some import FrozenExpertPool, KeyRules, SoMEConfig, SoMELayer
 from modeling.some.experts import expert_weights
-from modeling.some.router import fixed_route
+from modeling.some.router import _Normalise, fixed_route
 from tests.distributed import run_ranks
 from tests.oracles.layer import expert_output, some_layer_per_token
 
@@ -294,3 +295,11 @@ def test_learned_gains_scale_what_an_expert_puts_out():
         torch.testing.assert_close(y_D.double(), sum(terms), atol=1e-5, rtol=1e-5)
     y_BSD.square().sum().backward()
     assert layer.gain_E.grad[routing.expert_ids_TK.unique()].all()
+
+
+def test_normalised_queries_and_their_gradient():
+    x = torch.randn(5, 7, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(_Normalise.apply, (x,))
+    single = x.detach().float()
+    assert torch.equal(_Normalise.apply(single), F.normalize(single, dim=-1, eps=1e-12))
+    assert _Normalise.apply(torch.zeros(2, 4)).equal(torch.zeros(2, 4))
