@@ -10,7 +10,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["modeling*", "trainer*", "tools*"]),
     package_data={
-        "modeling": ["some/kernels/*.cpp"],
+        "modeling": ["some/kernels/*"],
         "tools": ["study.yaml"],
         "trainer": ["experiments/*.yaml", "experiments/published/*.yaml"],
     },

@@ -12,6 +12,7 @@ from modeling.key_rules import KeyRules
 ROUTERS = ("linear", "mlp")
 ROUTER_INITS = ("torch", "normal")
 ROUTINGS = ("learned", "hash", "shared")
+EXPERT_GRIDS = ("none", "int8")
 EXPERT_BIASES = ("zero", "torch")
 CHANNEL_MIXERS = ("some", "dense", "frozen_dense", "none")
 EXPERT_INITS = ("default", "orthogonal", "sparse")
@@ -46,6 +47,9 @@ class SoMEConfig:
     `shared` (every token goes to the first top_k experts, equal gates). The last two have no query network."""
     expert_init: str = "default"
     """Distribution of the experts' weights: `default`, `orthogonal` or `sparse`."""
+    expert_grid: str = "none"
+    """`int8`: draw the matrices as whole numbers of 8 bits times a power of two, with the variance of the `default` init,
+    and keep them in one byte a weight. Nothing is approximated: bf16 and fp32 hold these values exactly."""
     expert_bias: str = "zero"
     """Biases of the experts: `zero` or `torch` (drawn like those of torch's linear layers, as in v1.1 and v2.2)."""
     expert_gain: float = 1.0
@@ -79,6 +83,12 @@ class SoMEConfig:
         require_choice("model.some.router_init", self.router_init, ROUTER_INITS)
         require_choice("model.some.routing", self.routing, ROUTINGS)
         require_choice("model.some.expert_init", self.expert_init, EXPERT_INITS)
+        require_choice("model.some.expert_grid", self.expert_grid, EXPERT_GRIDS)
+        require(
+            self.expert_grid == "none" or self.expert_init == "default",
+            f"model.some.expert_grid = {self.expert_grid} draws uniform values, and model.some.expert_init = "
+            f"{self.expert_init} is not uniform; set expert_init = default or expert_grid = none",
+        )
         require_choice("model.some.expert_bias", self.expert_bias, EXPERT_BIASES)
         require(
             self.routing == "learned" or not self.rules.moves,

@@ -9,7 +9,6 @@ in this rank's shard.
 
 import contextlib
 import hashlib
-import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -18,37 +17,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from modeling.config import SoMEConfig
-from modeling.seeding import derive_generator
 from modeling.some.experts_amx import amx_experts, can_use_amx
 from modeling.some.experts_loop import loop_experts
 from modeling.some.rows import RoutedRows
-
-
-def expert_weights(
-    config: SoMEConfig, seed: int, layer: int, expert: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """One expert's `(w_down_FD, w_up_DF, b_down_F, b_up_D)` in fp32 (specs section 2)."""
-    D, H, gain = config.d_model, config.d_ffn, config.expert_gain
-    generator = derive_generator(seed, "expert", layer, expert)
-    w_down_FD, w_up_DF = _draw(config.expert_init, H, D, generator), _draw(config.expert_init, D, H, generator)
-    b_down_F, b_up_D = torch.zeros(H), torch.zeros(D)
-    if config.expert_bias == "torch":
-        b_down_F.uniform_(-(D**-0.5), D**-0.5, generator=generator)
-        b_up_D.uniform_(-(H**-0.5), H**-0.5, generator=generator)
-    return w_down_FD, gain * w_up_DF, b_down_F, gain * b_up_D
-
-
-def _draw(init: str, rows: int, columns: int, generator: torch.Generator) -> torch.Tensor:
-    if init == "default":
-        bound = 1 / math.sqrt(columns)
-        return torch.empty(rows, columns).uniform_(-bound, bound, generator=generator)
-    if init == "orthogonal":
-        return nn.init.orthogonal_(torch.empty(rows, columns), generator=generator)
-    assert init == "sparse", init
-    weight = torch.empty(rows, columns).normal_(0, 0.01, generator=generator)
-    # Exactly ceil(rows / 2) zeros in each column, at the places where random numbers rank lowest.
-    ranks = torch.rand(rows, columns, generator=generator).argsort(dim=0)
-    return weight.scatter_(0, ranks[: math.ceil(rows / 2)], 0.0)
+from modeling.some.weights import ExpertWeights, expert_weights, grids
 
 
 @contextlib.contextmanager
@@ -72,7 +44,7 @@ class FrozenExpertPool(nn.Module):
         layer: index of the layer in the model.
         seed: the experiment's seed.
         expert_ids: global ids of the experts to hold, in shard order; all when None.
-        dtype: floating dtype in which the experts are kept and compute.
+        dtype: floating dtype in which the experts compute, and are kept unless `expert_grid` says otherwise.
         device: where they are kept.
     """
 
@@ -89,10 +61,13 @@ class FrozenExpertPool(nn.Module):
         self.config, self.layer, self.seed = config, layer, seed
         self.expert_ids = list(range(config.num_experts)) if expert_ids is None else list(expert_ids)
         D, H, n = config.d_model, config.d_ffn, len(self.expert_ids)
+        on_grid = config.expert_grid == "int8"
+        self.scale_down, self.scale_up = (scale for _, scale in grids(config)) if on_grid else (1.0, 1.0)
         shapes = {"w_down_eFD": (n, H, D), "b_down_eF": (n, H), "w_up_eDF": (n, D, H), "b_up_eD": (n, D)}
         for name, shape in shapes.items():
-            self.register_buffer(name, torch.zeros(shape, dtype=dtype, device=device), persistent=False)
-        self.kernel = "amx" if can_use_amx(self.w_down_eFD) else "loop"
+            kept = torch.int8 if on_grid and name.startswith("w_") else dtype
+            self.register_buffer(name, torch.zeros(shape, dtype=kept, device=device), persistent=False)
+        self.kernel = "amx" if can_use_amx(self.weights) else "loop"
         """Which implementation computes: `amx` (fused, for CPUs that have it) or `loop` (torch's products, everywhere)."""
         workers = torch.get_num_threads()
         with _one_thread_each(), ThreadPoolExecutor(workers) as threads:
@@ -100,10 +75,16 @@ class FrozenExpertPool(nn.Module):
 
     def _materialise(self, slot: int) -> None:
         """Write one expert straight into its place; the fp32 draw of a single expert is all that exists besides."""
-        weights = expert_weights(self.config, self.seed, self.layer, self.expert_ids[slot])
-        places = (self.w_down_eFD, self.w_up_eDF, self.b_down_eF, self.b_up_eD)
-        for place, weight in zip(places, weights, strict=True):
-            place[slot].copy_(weight)
+        w_down_FD, w_up_DF, b_down_F, b_up_D = expert_weights(self.config, self.seed, self.layer, self.expert_ids[slot])
+        self.w_down_eFD[slot].copy_(w_down_FD / self.scale_down)
+        self.w_up_eDF[slot].copy_(w_up_DF / self.scale_up)
+        self.b_down_eF[slot].copy_(b_down_F)
+        self.b_up_eD[slot].copy_(b_up_D)
+
+    @property
+    def weights(self) -> ExpertWeights:
+        """The buffers, as the kernels take them."""
+        return ExpertWeights(self.w_down_eFD, self.b_down_eF, self.w_up_eDF, self.b_up_eD, self.scale_down, self.scale_up)
 
     def forward(self, x_TD: torch.Tensor, gates_TK: torch.Tensor, slots_TK: torch.Tensor) -> torch.Tensor:
         """Gate-weighted sum of each token's experts.
@@ -118,15 +99,16 @@ class FrozenExpertPool(nn.Module):
         """
         rows = RoutedRows.of(slots_TK, len(self.expert_ids))
         kernel = amx_experts if self.kernel == "amx" else loop_experts
-        return kernel(x_TD, gates_TK, rows, self.w_down_eFD, self.b_down_eF, self.w_up_eDF, self.b_up_eD)
+        return kernel(x_TD, gates_TK, rows, self.weights)
 
     def reference(self, x_TD: torch.Tensor, gates_TK: torch.Tensor, slots_TK: torch.Tensor) -> torch.Tensor:
         """What `forward` computes, in plain differentiable operations."""
         y_TD = torch.zeros_like(x_TD, dtype=torch.float32)
         for slot in range(len(self.expert_ids)):
             tokens_r, places_r = (slots_TK == slot).nonzero(as_tuple=True)
-            h_rF = F.gelu(F.linear(x_TD[tokens_r].to(self.w_down_eFD.dtype), self.w_down_eFD[slot], self.b_down_eF[slot]))
-            y_rD = F.linear(h_rF, self.w_up_eDF[slot], self.b_up_eD[slot])
+            w_down_FD, w_up_DF = self.weights.matrices(slot)
+            h_rF = F.gelu(F.linear(x_TD[tokens_r].to(w_down_FD.dtype), w_down_FD, self.b_down_eF[slot]))
+            y_rD = F.linear(h_rF, w_up_DF, self.b_up_eD[slot])
             y_TD = y_TD.index_add(0, tokens_r, gates_TK[tokens_r, places_r, None] * y_rD.float())
         return y_TD.to(x_TD.dtype)
 
@@ -154,6 +136,7 @@ def pool_manifest(config: SoMEConfig, num_layers: int, seed: int) -> dict:
         "init": config.expert_init,
         "bias": config.expert_bias,
         "gain": config.expert_gain,
+        "grid": config.expert_grid,
         "num_layers": num_layers,
         "num_experts": config.num_experts,
         "d_model": config.d_model,

@@ -8,19 +8,17 @@ import torch
 import torch.nn.functional as F
 
 from modeling.some.rows import RoutedRows
+from modeling.some.weights import ExpertWeights
 
 
 def loop_experts(
     x_TD: torch.Tensor,
     gates_TK: torch.Tensor,
     rows: RoutedRows,
-    w_down_eFD: torch.Tensor,
-    b_down_eF: torch.Tensor,
-    w_up_eDF: torch.Tensor,
-    b_up_eD: torch.Tensor,
+    weights: ExpertWeights,
 ) -> torch.Tensor:
     """(T, D) gate-weighted sums in the dtype of `x_TD`; computed in that of the weights, summed in fp32."""
-    return _FrozenExperts.apply(x_TD, gates_TK, rows, w_down_eFD, b_down_eF, w_up_eDF, b_up_eD)
+    return _FrozenExperts.apply(x_TD, gates_TK, rows, weights)
 
 
 class _FrozenExperts(torch.autograd.Function):
@@ -31,27 +29,28 @@ class _FrozenExperts(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x_TD, gates_TK, rows, w_down_eFD, b_down_eF, w_up_eDF, b_up_eD):
-        x_in_TD, gates_R = x_TD.to(w_down_eFD.dtype), rows.sort(gates_TK)
+    def forward(ctx, x_TD, gates_TK, rows, weights):
+        x_in_TD, gates_R = x_TD.to(weights.dtype), rows.sort(gates_TK)
         blocks = _blocks(rows.rows_e, x_in_TD)
         # Sums over experts in fp32: bf16 would round once per expert.
         y_TD = torch.zeros(x_TD.shape, dtype=torch.float32, device=x_TD.device)
         keep = any(ctx.needs_input_grad)
-        h_BF = x_in_TD.new_empty(blocks[-1][2].stop if keep and blocks else 0, w_down_eFD.shape[1])
+        h_BF = x_in_TD.new_empty(blocks[-1][2].stop if keep and blocks else 0, weights.w_down_eFD.shape[1])
         for slot, segment, block in blocks:
             tokens_r = rows.tokens_R[segment]
             x_bD = _gather(x_in_TD, tokens_r, block)
             out = h_BF[block] if keep else None
-            h_bF = torch.addmm(b_down_eF[slot], x_bD, w_down_eFD[slot].T, out=out)
-            y_bD = torch.addmm(b_up_eD[slot], F.gelu(h_bF), w_up_eDF[slot].T)
+            w_down_FD, w_up_DF = weights.matrices(slot)
+            h_bF = torch.addmm(weights.b_down_eF[slot], x_bD, w_down_FD.T, out=out)
+            y_bD = torch.addmm(weights.b_up_eD[slot], F.gelu(h_bF), w_up_DF.T)
             y_TD.index_add_(0, tokens_r, y_bD[: len(tokens_r)].float().mul_(gates_R[segment, None]))
-        ctx.save_for_backward(gates_R, h_BF, w_down_eFD, w_up_eDF, b_up_eD)
-        ctx.rows, ctx.blocks, ctx.x_dtype = rows, blocks, x_TD.dtype
+        ctx.save_for_backward(gates_R, h_BF)
+        ctx.rows, ctx.weights, ctx.blocks, ctx.x_dtype = rows, weights, blocks, x_TD.dtype
         return y_TD.to(x_TD.dtype)
 
     @staticmethod
     def backward(ctx, grad_y_TD):
-        gates_R, h_BF, w_down_eFD, w_up_eDF, b_up_eD = ctx.saved_tensors
+        gates_R, h_BF = ctx.saved_tensors
         grad_in_TD = grad_y_TD.to(h_BF.dtype)
         grad_x_TD = torch.zeros(grad_y_TD.shape, dtype=torch.float32, device=grad_y_TD.device)
         grad_gates_R = torch.zeros_like(gates_R)
@@ -60,13 +59,14 @@ class _FrozenExperts(torch.autograd.Function):
             r = len(tokens_r)
             grad_y_bD = _gather(grad_in_TD, tokens_r, block)
             # The ungated gradient of the activation serves twice: times the activation it is dL/dgate, so y is not kept.
-            grad_a_bF = grad_y_bD @ w_up_eDF[slot]
-            grad_bias_r = grad_y_bD[:r].float() @ b_up_eD[slot].float()
+            w_down_FD, w_up_DF = ctx.weights.matrices(slot)
+            grad_a_bF = grad_y_bD @ w_up_DF
+            grad_bias_r = grad_y_bD[:r].float() @ ctx.weights.b_up_eD[slot].float()
             grad_gates_R[segment] = (grad_a_bF[:r].float() * F.gelu(h_bF[:r]).float()).sum(-1) + grad_bias_r
             grad_a_bF[:r] *= gates_R[segment, None].to(grad_a_bF.dtype)
             grad_h_bF = torch.ops.aten.gelu_backward(grad_a_bF, h_bF)
-            grad_x_TD.index_add_(0, tokens_r, (grad_h_bF @ w_down_eFD[slot])[:r].float())
-        return grad_x_TD.to(ctx.x_dtype), ctx.rows.unsort(grad_gates_R), *[None] * 5
+            grad_x_TD.index_add_(0, tokens_r, (grad_h_bF @ w_down_FD)[:r].float())
+        return grad_x_TD.to(ctx.x_dtype), ctx.rows.unsort(grad_gates_R), None, None
 
 
 def _gather(source_TD: torch.Tensor, tokens_r: torch.Tensor, block: slice) -> torch.Tensor:

@@ -41,7 +41,8 @@ def load_library(source: str, *flags: str) -> ctypes.CDLL:
         raise Unavailable(f"there is no C++ compiler {os.environ.get('CXX', 'g++')}; install one or set CXX")
     command = [compiler, *FLAGS, *flags, str(SOURCES / source)]
     folder = Path(os.environ.get("SOME_CACHE_DIR") or "~/.cache/some").expanduser() / "kernels"
-    digest = hashlib.sha256("\n".join(command[:-1]).encode() + (SOURCES / source).read_bytes()).hexdigest()[:16]
+    texts = [path.read_bytes() for path in (SOURCES / source, *sorted(SOURCES.glob("*.h")))]
+    digest = hashlib.sha256(b"\n".join([*(word.encode() for word in command[:-1]), *texts])).hexdigest()[:16]
     library = folder / f"{Path(source).stem}-{digest}.so"
     try:
         if not library.exists():

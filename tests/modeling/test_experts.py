@@ -1,14 +1,15 @@
 """The frozen pool: values, purity, compute and gradients."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from modeling.some import FrozenExpertPool, SoMEConfig, pool_manifest
-from modeling.some.experts import expert_weights
 from modeling.some.experts_amx import why_not_amx
 from modeling.some.native import load_library
+from modeling.some.weights import expert_weights, grids
 
 CONFIG = SoMEConfig(d_model=16, num_experts=6, d_ffn=24, top_k=2)
 WIDE = SoMEConfig(d_model=64, num_experts=6, d_ffn=96, top_k=2)  # what the fused kernel takes: multiples of 32
@@ -58,6 +59,31 @@ def test_default_init_is_uniform_by_fan_in():
         assert weight.std() == pytest.approx(1 / math.sqrt(3 * fan_in), rel=0.02)
 
 
+@pytest.mark.parametrize(("d_model", "d_ffn", "gain"), [(512, 1024, 1.0), (64, 96, 0.3), (100, 37, 16.0)])
+def test_weights_on_a_grid_are_whole_numbers_with_the_variance_of_the_default_init(d_model, d_ffn, gain):
+    config = SoMEConfig(d_model=d_model, d_ffn=d_ffn, num_experts=3, top_k=1, expert_gain=gain, expert_grid="int8")
+    plain = replace(config, expert_grid="none")
+    for (most, scale), weight, usual in zip(
+        grids(config), *(expert_weights(c, 0, 0, 0)[:2] for c in (config, plain)), strict=True
+    ):
+        whole = weight / scale
+        assert math.log2(scale) == round(math.log2(scale)) and whole.equal(whole.round())
+        assert 63 <= most <= 127 and whole.min() == -most and whole.max() == most
+        assert weight.std().item() == pytest.approx(usual.std().item(), rel=0.03)
+        assert most * (most + 1) / 3 * scale**2 == pytest.approx(usual.abs().max().item() ** 2 / 3, rel=0.03)
+    pool, computing = FrozenExpertPool(config, dtype=torch.bfloat16), FrozenExpertPool(config)
+    assert pool.w_down_eFD.dtype == pool.w_up_eDF.dtype == torch.int8 and pool.b_up_eD.dtype == torch.bfloat16
+    for slot in range(3):
+        drawn = expert_weights(config, 0, 0, slot)[:2]
+        for bf16, fp32, weight in zip(pool.weights.matrices(slot), computing.weights.matrices(slot), drawn, strict=True):
+            assert bf16.dtype == torch.bfloat16 and bf16.float().equal(weight) and fp32.equal(weight), "exact in both"
+
+
+def test_a_grid_is_for_uniform_weights():
+    with pytest.raises(ValueError, match="expert_grid = int8 draws uniform values, and model.some.expert_init = sparse"):
+        SoMEConfig(expert_grid="int8", expert_init="sparse")
+
+
 def test_orthogonal_init_has_orthonormal_columns_or_rows():
     down, up = expert_weights(SoMEConfig(d_model=16, d_ffn=40, expert_init="orthogonal"), 0, 0, 0)[:2]
     torch.testing.assert_close(down.T @ down, torch.eye(16), atol=1e-5, rtol=0)
@@ -105,11 +131,15 @@ def make_slots(tokens: int, experts: int, top_k: int, elsewhere: float, generato
         ("amx", torch.bfloat16, torch.float32, 5e-3),
     ],
 )
+@pytest.mark.parametrize("grid", ["none", "int8"])
 @pytest.mark.parametrize(
     ("tokens", "top_k", "elsewhere"), [(40, 2, 0.0), (1, 1, 0.0), (700, 3, 0.4), (1500, 6, 0.0), (9, 2, 1.0)]
 )
-def test_outputs_and_gradients_equal_the_reference_in_float64(kernel, dtype, x_dtype, tolerance, tokens, top_k, elsewhere):
-    pool, exact = make_pool(kernel, dtype), make_pool("loop", torch.float64)
+def test_outputs_and_gradients_equal_the_reference_in_float64(
+    kernel, dtype, x_dtype, tolerance, tokens, top_k, elsewhere, grid
+):
+    config = replace(WIDE, expert_grid=grid)
+    pool, exact = make_pool(kernel, dtype, config), make_pool("loop", torch.float64, config)
     for ours, its in zip(pool.buffers(), exact.buffers(), strict=True):
         its.copy_(ours)
     generator = torch.Generator().manual_seed(tokens)
@@ -195,3 +225,4 @@ def test_manifest_tells_pools_apart():
     assert manifest["sample_sha256"] != pool_manifest(CONFIG, 2, seed=1)["sample_sha256"]
     sparse = SoMEConfig(d_model=16, num_experts=6, d_ffn=24, top_k=2, expert_init="sparse")
     assert manifest["sample_sha256"] != pool_manifest(sparse, 2, seed=0)["sample_sha256"]
+    assert manifest["sample_sha256"] != pool_manifest(replace(CONFIG, expert_grid="int8"), 2, seed=0)["sample_sha256"]

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from modeling import KeyRules, ModelConfig, SoMEConfig, build_model
 from modeling.mixers import ChannelMixer, frozen_manifest
-from modeling.some.experts import expert_weights
+from modeling.some.weights import expert_weights
 from tests.oracles.layer import some_layer_per_token
 from tests.oracles.mixers import mix_per_token
 

@@ -8,8 +8,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from modeling.some import FrozenExpertPool, KeyRules, SoMEConfig, SoMELayer
-from modeling.some.experts import expert_weights
 from modeling.some.router import _Normalise, fixed_route
+from modeling.some.weights import expert_weights
 from tests.distributed import run_ranks
 from tests.oracles.layer import expert_output, some_layer_per_token
 

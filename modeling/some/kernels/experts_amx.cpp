@@ -2,7 +2,8 @@
 // of x and the gates. One pass over an expert's rows does everything between gathering a token and writing its result: biases,
 // GELU, its derivative and the gates are applied to the accumulators, so nothing but h, the pre-activations, is kept.
 //
-// The weights are read as they are, row-major bf16, and are never packed beforehand. A tile product C += A B wants the rows of
+// The weights are read as they are, row-major, and are never packed beforehand. They are bf16, or whole numbers in int8 that
+// become bf16 on the way (exactly) and whose products are multiplied by a scale. A tile product C += A B wants the rows of
 // A plain and those of B in pairs: B[k / 2][n][k % 2]. So
 //   forward   A = weights, B = tokens: H^T = W_down X^T, then Y^T = W_up A^T. Each token is put in pairs once, and the rows
 //             of H^T come out in the order in which the second product reads its pairs.
@@ -15,7 +16,8 @@
 // Names: D width, F expert hidden width, R routed rows sorted by expert, T tokens, K experts a token, n rows of a task,
 // G groups of 16 rows. D and F are multiples of 32.
 
-#include <immintrin.h>
+#include "amx.h"
+
 #include <omp.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
@@ -24,147 +26,20 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstdlib>
-#include <cstring>
+#include <type_traits>
 #include <vector>
 
 namespace {
 
-using bf16 = uint16_t;
-
-constexpr int64_t TILE = 16;         // rows of a tile
-constexpr int64_t STEP = 32;         // bf16 values in a row of a tile: what one tile product contracts over
 constexpr int64_t TASK_ROWS = 256;   // so that a task's tokens and activations stay in the L2 cache
 constexpr int64_t MIN_TASK_ROWS = 32;
 
-// ---------------------------------------------------------------------------------------------------------------- tiles
-
-struct TileConfig {
-    uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-
-struct Tiles {  // while it lives, this thread's eight tile registers are 16 rows of 64 bytes
-    Tiles() {
-        TileConfig config;
-        _tile_loadconfig(&config);
-    }
-    ~Tiles() { _tile_release(); }
-};
-
-// c[i][j] (16 x 16 fp32 each) = sum over `steps` of A tile i times B tile j. Tiles of A: 16 rows, `stride` values apart.
-template <int A_TILES, int B_TILES>
-inline void multiply(const bf16* a, int64_t stride, const bf16* b, int64_t b_stride, int64_t steps, float* c) {
-    const bf16 *a1 = a + TILE * stride, *b1 = b + b_stride;
-    const int64_t bytes = stride * sizeof(bf16);
-    _tile_zero(0);
-    if (B_TILES == 2) _tile_zero(1);
-    if (A_TILES == 2) _tile_zero(2);
-    if (A_TILES == 2 && B_TILES == 2) _tile_zero(3);
-    for (int64_t step = 0; step < steps; ++step) {
-        _tile_loadd(4, a + step * STEP, bytes);
-        _tile_loadd(6, b + step * TILE * STEP, 64);
-        _tile_dpbf16ps(0, 4, 6);
-        if (B_TILES == 2) {
-            _tile_loadd(7, b1 + step * TILE * STEP, 64);
-            _tile_dpbf16ps(1, 4, 7);
-        }
-        if (A_TILES == 2) {
-            _tile_loadd(5, a1 + step * STEP, bytes);
-            _tile_dpbf16ps(2, 5, 6);
-        }
-        if (A_TILES == 2 && B_TILES == 2) _tile_dpbf16ps(3, 5, 7);
-    }
-    _tile_stored(0, c, 64);
-    if (B_TILES == 2) _tile_stored(1, c + 256, 64);
-    if (A_TILES == 2) _tile_stored(2, c + 512, 64);
-    if (A_TILES == 2 && B_TILES == 2) _tile_stored(3, c + 768, 64);
-}
-
-// -------------------------------------------------------------------------------------------------------------- vectors
-
-inline __m512 widen(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
-inline __m512 widen(const bf16* x) { return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x))); }
-inline __m512i narrow(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
-inline float widen_one(bf16 x) {
-    uint32_t bits = uint32_t(x) << 16;
-    float value;
-    std::memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-// Dwords (low[i], high[i]) as bf16, for i = 0..15.
-inline __m512i narrow_in_pairs(__m512 low, __m512 high) {
-    const __m512i halves = narrow(low, high);
-    const __m512i lows = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(halves));
-    const __m512i highs = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(halves, 1));
-    return _mm512_or_si512(lows, _mm512_slli_epi32(highs, 16));
-}
-
-struct Gelu {
-    __m512 value, slope;
-};
-
-// Exact GELU x Phi(x) and its derivative Phi(x) + x phi(x). Phi from Abramowitz and Stegun 7.1.26, off by less than 1e-7;
-// the exponential it needs is the one in phi.
-inline Gelu gelu(__m512 x) {
-    const __m512 one = _mm512_set1_ps(1.0f);
-    const __m512 size = _mm512_abs_ps(x);
-    // exp(-x^2 / 2) = 2^(whole + part)
-    const __m512 exponent = _mm512_mul_ps(_mm512_mul_ps(x, x), _mm512_set1_ps(-0.72134752f));
-    const __m512 whole = _mm512_roundscale_ps(exponent, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    const __m512 part = _mm512_sub_ps(exponent, whole);
-    __m512 power = _mm512_set1_ps(1.3333558e-3f);
-    power = _mm512_fmadd_ps(power, part, _mm512_set1_ps(9.6181291e-3f));
-    power = _mm512_fmadd_ps(power, part, _mm512_set1_ps(5.5504109e-2f));
-    power = _mm512_fmadd_ps(power, part, _mm512_set1_ps(2.4022651e-1f));
-    power = _mm512_fmadd_ps(power, part, _mm512_set1_ps(6.9314718e-1f));
-    power = _mm512_fmadd_ps(power, part, one);
-    const __m512 exponential = _mm512_scalef_ps(power, whole);
-    // t = 1 / (1 + 0.3275911 |x| / sqrt(2)), one Newton step after the estimate
-    const __m512 divisor = _mm512_fmadd_ps(size, _mm512_set1_ps(0.23164189f), one);
-    __m512 t = _mm512_rcp14_ps(divisor);
-    t = _mm512_mul_ps(t, _mm512_fnmadd_ps(divisor, t, _mm512_set1_ps(2.0f)));
-    __m512 tail = _mm512_set1_ps(0.5f * 1.061405429f);
-    tail = _mm512_fmadd_ps(tail, t, _mm512_set1_ps(0.5f * -1.453152027f));
-    tail = _mm512_fmadd_ps(tail, t, _mm512_set1_ps(0.5f * 1.421413741f));
-    tail = _mm512_fmadd_ps(tail, t, _mm512_set1_ps(0.5f * -0.284496736f));
-    tail = _mm512_fmadd_ps(tail, t, _mm512_set1_ps(0.5f * 0.254829592f));
-    tail = _mm512_mul_ps(_mm512_mul_ps(tail, t), exponential);
-    const __mmask16 positive = _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_GE_OQ);
-    const __m512 phi = _mm512_mask_sub_ps(tail, positive, one, tail);
-    const __m512 density = _mm512_mul_ps(exponential, _mm512_set1_ps(0.39894228f));
-    return {_mm512_mul_ps(x, phi), _mm512_fmadd_ps(x, density, phi)};
-}
-
-// The 16 x 16 matrix of dwords `rows` (each 16 dwords) is transposed in place.
-inline void transpose(__m512i rows[16]) {
-    __m512i a[16], b[16];
-    for (int i = 0; i < 8; ++i) {
-        a[2 * i] = _mm512_unpacklo_epi32(rows[2 * i], rows[2 * i + 1]);
-        a[2 * i + 1] = _mm512_unpackhi_epi32(rows[2 * i], rows[2 * i + 1]);
-    }
-    for (int i = 0; i < 4; ++i) {
-        b[4 * i] = _mm512_unpacklo_epi64(a[4 * i], a[4 * i + 2]);
-        b[4 * i + 1] = _mm512_unpackhi_epi64(a[4 * i], a[4 * i + 2]);
-        b[4 * i + 2] = _mm512_unpacklo_epi64(a[4 * i + 1], a[4 * i + 3]);
-        b[4 * i + 3] = _mm512_unpackhi_epi64(a[4 * i + 1], a[4 * i + 3]);
-    }
-    for (int i = 0; i < 4; ++i) {
-        a[i] = _mm512_shuffle_i32x4(b[i], b[4 + i], 0x88);
-        a[4 + i] = _mm512_shuffle_i32x4(b[i], b[4 + i], 0xdd);
-        a[8 + i] = _mm512_shuffle_i32x4(b[8 + i], b[12 + i], 0x88);
-        a[12 + i] = _mm512_shuffle_i32x4(b[8 + i], b[12 + i], 0xdd);
-    }
-    for (int i = 0; i < 4; ++i) {
-        rows[i] = _mm512_shuffle_i32x4(a[i], a[8 + i], 0x88);
-        rows[8 + i] = _mm512_shuffle_i32x4(a[i], a[8 + i], 0xdd);
-        rows[4 + i] = _mm512_shuffle_i32x4(a[4 + i], a[12 + i], 0x88);
-        rows[12 + i] = _mm512_shuffle_i32x4(a[4 + i], a[12 + i], 0xdd);
-    }
-}
-
 // ---------------------------------------------------------------------------------------------------------------- tasks
+
+struct Rows {  // as the caller has it; row_of (T, K): the row of each of a token's experts, or -1
+    const int64_t *tokens, *row_of, *of_expert;
+    int64_t experts, R, T, K;
+};
 
 struct Task {
     int64_t expert, first, rows;
@@ -214,8 +89,16 @@ class Scratch {
 thread_local Scratch task_scratch;    // of every thread: what a task works on
 thread_local Scratch result_scratch;  // of the calling thread: results of all rows, before they are summed by token
 
-struct Sizes {
+// The weights of the shard, or of one expert of it.
+template <typename Weight>
+struct Weights {
     int64_t D, F;
+    const Weight *down, *up;
+    const bf16 *b_down, *b_up;
+    float scale_down, scale_up;
+    Weights of(int64_t e) const {
+        return {D, F, down + e * F * D, up + e * D * F, b_down + e * F, b_up + e * D, scale_down, scale_up};
+    }
 };
 
 // -------------------------------------------------------------------------------------------------------------- forward
@@ -232,12 +115,14 @@ void pack_tokens(const bf16* source, const int64_t* tokens, int64_t rows, int64_
 }
 
 // c: 32 rows of W_down by 16 tokens. Writes their h (if kept) and gelu(h), the latter as a tile of pairs.
-inline void activate(const float* c0, const float* c1, const bf16* bias, int64_t rows, int64_t F, bf16* h, bf16* activations) {
+inline void activate(const float* c0, const float* c1, float scale, const bf16* bias, int64_t rows, int64_t F, bf16* h,
+                     bf16* activations) {
+    const __m512 factor = _mm512_set1_ps(scale);
     __m512i pairs[16];
     for (int64_t pair = 0; pair < TILE; ++pair) {
         const float* c = pair < 8 ? c0 + 32 * pair : c1 + 32 * (pair - 8);
-        const __m512 low = _mm512_add_ps(_mm512_load_ps(c), _mm512_set1_ps(widen_one(bias[2 * pair])));
-        const __m512 high = _mm512_add_ps(_mm512_load_ps(c + 16), _mm512_set1_ps(widen_one(bias[2 * pair + 1])));
+        const __m512 low = _mm512_fmadd_ps(_mm512_load_ps(c), factor, _mm512_set1_ps(widen_one(bias[2 * pair])));
+        const __m512 high = _mm512_fmadd_ps(_mm512_load_ps(c + 16), factor, _mm512_set1_ps(widen_one(bias[2 * pair + 1])));
         // The backward sees h rounded, so the forward uses it rounded too.
         pairs[pair] = narrow_in_pairs(low, high);
         const __m512 rounded_low = _mm512_castsi512_ps(_mm512_slli_epi32(pairs[pair], 16));
@@ -252,7 +137,8 @@ inline void activate(const float* c0, const float* c1, const bf16* bias, int64_t
 }
 
 // c: 32 rows of W_up by 16 tokens. Writes gate * (c + bias) of each token.
-inline void weigh(const float* c0, const float* c1, const bf16* bias, const float* gates, int64_t rows, int64_t D, bf16* y) {
+inline void weigh(const float* c0, const float* c1, float scale, const bf16* bias, const float* gates, int64_t rows, int64_t D,
+                  bf16* y) {
     __m512i low[16], high[16];
     for (int i = 0; i < 16; ++i) {
         low[i] = _mm512_load_si512(c0 + 16 * i);
@@ -260,48 +146,53 @@ inline void weigh(const float* c0, const float* c1, const bf16* bias, const floa
     }
     transpose(low);
     transpose(high);
-    const __m512 bias_low = widen(bias), bias_high = widen(bias + 16);
+    const __m512 bias_low = widen(bias), bias_high = widen(bias + 16), factor = _mm512_set1_ps(scale);
     for (int64_t row = 0; row < rows; ++row) {
         const __m512 gate = _mm512_set1_ps(gates[row]);
-        const __m512 y_low = _mm512_mul_ps(gate, _mm512_add_ps(_mm512_castsi512_ps(low[row]), bias_low));
-        const __m512 y_high = _mm512_mul_ps(gate, _mm512_add_ps(_mm512_castsi512_ps(high[row]), bias_high));
+        const __m512 y_low = _mm512_mul_ps(gate, _mm512_fmadd_ps(_mm512_castsi512_ps(low[row]), factor, bias_low));
+        const __m512 y_high = _mm512_mul_ps(gate, _mm512_fmadd_ps(_mm512_castsi512_ps(high[row]), factor, bias_high));
         _mm512_storeu_si512(y + row * D, narrow(y_low, y_high));
     }
 }
 
-void forward_task(const Task& task, const Sizes& size, const bf16* x, const float* gates, const int64_t* tokens,
-                  const bf16* w_down, const bf16* b_down, const bf16* w_up, const bf16* b_up, bf16* h, bf16* y) {
-    const int64_t D = size.D, F = size.F, groups = task.groups();
-    bf16* packed = task_scratch.get((TASK_ROWS + TILE) * (D + F));
+template <typename Weight>
+void forward_task(const Task& task, const Weights<Weight>& w, const bf16* x, const float* gates, const int64_t* tokens,
+                  bf16* h, bf16* y) {
+    const int64_t D = w.D, F = w.F, groups = task.groups();
+    bf16* packed = task_scratch.get((TASK_ROWS + TILE) * (D + F) + std::max(D, F) * STEP);
     bf16* activations = packed + groups * TILE * D;
+    bf16* buffer = activations + groups * TILE * F;
     alignas(64) float c[4 * 256];
     const auto rows_of = [&](int64_t group) { return std::min(TILE, task.rows - group * TILE); };
 
     for (int64_t group = 0; group < groups; ++group)
         pack_tokens(x, tokens + task.first + group * TILE, rows_of(group), D, packed + group * TILE * D);
     for (int64_t f = 0; f < F; f += STEP) {
+        const bf16* rows = as_bf16(w.down + f * D, STEP * D, buffer);
         for (int64_t group = 0; group < groups; group += 2) {
             const int64_t pair = std::min<int64_t>(2, groups - group);
             const bf16* tokens_b = packed + group * TILE * D;
-            if (pair == 2) multiply<2, 2>(w_down + f * D, D, tokens_b, TILE * D, D / STEP, c);
-            else multiply<2, 1>(w_down + f * D, D, tokens_b, TILE * D, D / STEP, c);
+            if (pair == 2) multiply<2, 2>(rows, D, tokens_b, TILE * D, D / STEP, c);
+            else multiply<2, 1>(rows, D, tokens_b, TILE * D, D / STEP, c);
             for (int64_t g = group; g < group + pair; ++g) {
                 const float* tile = c + 256 * (g - group);
                 bf16* kept = h == nullptr ? nullptr : h + (task.first + g * TILE) * F + f;
-                activate(tile, tile + 512, b_down + f, rows_of(g), F, kept, activations + g * TILE * F + f * TILE);
+                activate(tile, tile + 512, w.scale_down, w.b_down + f, rows_of(g), F, kept,
+                         activations + g * TILE * F + f * TILE);
             }
         }
     }
     for (int64_t d = 0; d < D; d += STEP) {
+        const bf16* rows = as_bf16(w.up + d * F, STEP * F, buffer);
         for (int64_t group = 0; group < groups; group += 2) {
             const int64_t pair = std::min<int64_t>(2, groups - group);
             const bf16* active = activations + group * TILE * F;
-            if (pair == 2) multiply<2, 2>(w_up + d * F, F, active, TILE * F, F / STEP, c);
-            else multiply<2, 1>(w_up + d * F, F, active, TILE * F, F / STEP, c);
+            if (pair == 2) multiply<2, 2>(rows, F, active, TILE * F, F / STEP, c);
+            else multiply<2, 1>(rows, F, active, TILE * F, F / STEP, c);
             for (int64_t g = group; g < group + pair; ++g) {
                 const float* tile = c + 256 * (g - group);
                 const int64_t first = task.first + g * TILE;
-                weigh(tile, tile + 512, b_up + d, gates + first, rows_of(g), D, y + first * D + d);
+                weigh(tile, tile + 512, w.scale_up, w.b_up + d, gates + first, rows_of(g), D, y + first * D + d);
             }
         }
     }
@@ -310,11 +201,12 @@ void forward_task(const Task& task, const Sizes& size, const bf16* x, const floa
 // ------------------------------------------------------------------------------------------------------------- backward
 
 // Columns n..n+31 of `rows` rows as two tiles of pairs. Columns 8i..8i+3 go to the first tile, 8i+4..8i+7 to the second.
-void pack_weights(const bf16* weights, int64_t stride, int64_t rows, bf16* panel) {
+template <typename Weight>
+void pack_weights(const Weight* weights, int64_t stride, int64_t rows, bf16* panel) {
     bf16* second = panel + rows * TILE;
     for (int64_t row = 0; row < rows; row += 2) {
-        const __m512i even = _mm512_loadu_si512(weights + row * stride);
-        const __m512i odd = _mm512_loadu_si512(weights + (row + 1) * stride);
+        const __m512i even = load_weights(weights + row * stride);
+        const __m512i odd = load_weights(weights + (row + 1) * stride);
         _mm512_store_si512(panel + row * TILE, _mm512_unpacklo_epi16(even, odd));
         _mm512_store_si512(second + row * TILE, _mm512_unpackhi_epi16(even, odd));
     }
@@ -322,9 +214,11 @@ void pack_weights(const bf16* weights, int64_t stride, int64_t rows, bf16* panel
 
 // Bring a matrix into the cache. pack_weights reads it in columns of 64 bytes, which no hardware prefetches; read once in
 // order, at full bandwidth, it is there when its columns are wanted.
-inline void touch(const bf16* matrix, int64_t values) {
+template <typename Weight>
+inline void touch(const Weight* matrix, int64_t values) {
+    constexpr int64_t LINE = 64 / sizeof(Weight);
     __m512i seen = _mm512_setzero_si512();
-    for (int64_t i = 0; i < values; i += STEP) seen = _mm512_or_si512(seen, _mm512_loadu_si512(matrix + i));
+    for (int64_t i = 0; i < values; i += LINE) seen = _mm512_or_si512(seen, _mm512_loadu_si512(matrix + i));
     __asm__ volatile("" : : "v"(seen));
 }
 
@@ -333,13 +227,15 @@ inline __m512i split_columns(__m512i x) { return _mm512_permutexvar_epi64(_mm512
 inline __m512i join_columns(__m512i x) { return _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7), x); }
 
 // c: 16 rows by 32 columns of dL/d(activation) before the gate. Adds the gates' gradients and writes dL/dh.
-inline void through_gelu(const float* c0, const float* c1, const bf16* h, const float* gates, int64_t rows, int64_t F,
-                         float* gate_sums, bf16* grad_h) {
+inline void through_gelu(const float* c0, const float* c1, float scale, const bf16* h, const float* gates, int64_t rows,
+                         int64_t F, float* gate_sums, bf16* grad_h) {
+    const __m512 factor = _mm512_set1_ps(scale);
     for (int64_t row = 0; row < rows; ++row) {
         const __m512i columns = split_columns(_mm512_loadu_si512(h + row * F));
         const Gelu low = gelu(widen(_mm512_castsi512_si256(columns)));
         const Gelu high = gelu(widen(_mm512_extracti64x4_epi64(columns, 1)));
-        const __m512 grad_low = _mm512_load_ps(c0 + 16 * row), grad_high = _mm512_load_ps(c1 + 16 * row);
+        const __m512 grad_low = _mm512_mul_ps(_mm512_load_ps(c0 + 16 * row), factor);
+        const __m512 grad_high = _mm512_mul_ps(_mm512_load_ps(c1 + 16 * row), factor);
         __m512 sum = _mm512_load_ps(gate_sums + 16 * row);
         sum = _mm512_fmadd_ps(grad_low, low.value, sum);
         _mm512_store_ps(gate_sums + 16 * row, _mm512_fmadd_ps(grad_high, high.value, sum));
@@ -350,9 +246,10 @@ inline void through_gelu(const float* c0, const float* c1, const bf16* h, const 
     }
 }
 
-void backward_task(const Task& task, const Sizes& size, const bf16* grad_y, const float* gates, const int64_t* tokens,
-                   const bf16* h, const bf16* w_down, const bf16* w_up, const bf16* b_up, bf16* grad_x, float* grad_gates) {
-    const int64_t D = size.D, F = size.F, groups = task.groups(), padded = groups * TILE;
+template <typename Weight>
+void backward_task(const Task& task, const Weights<Weight>& w, const bf16* grad_y, const float* gates, const int64_t* tokens,
+                   const bf16* h, bf16* grad_x, float* grad_gates) {
+    const int64_t D = w.D, F = w.F, groups = task.groups(), padded = groups * TILE;
     bf16* rows_y = task_scratch.get((TASK_ROWS + TILE) * (D + F + 2 * TILE) + std::max(D, F) * STEP);
     bf16* rows_h = rows_y + padded * D;
     float* gate_sums = reinterpret_cast<float*>(rows_h + padded * F);
@@ -361,22 +258,22 @@ void backward_task(const Task& task, const Sizes& size, const bf16* grad_y, cons
     const auto rows_of = [&](int64_t group) { return std::min(TILE, task.rows - group * TILE); };
 
     // What is beyond the task's rows enters products whose results are not used; it must only not be invalid numbers.
-    std::memset(rows_y + task.rows * D, 0, (padded - task.rows) * D * sizeof(bf16));
-    std::memset(rows_h + task.rows * F, 0, (padded - task.rows) * F * sizeof(bf16));
+    memset(rows_y + task.rows * D, 0, (padded - task.rows) * D * sizeof(bf16));
+    memset(rows_h + task.rows * F, 0, (padded - task.rows) * F * sizeof(bf16));
     for (int64_t row = 0; row < task.rows; ++row) {
         const bf16* source = grad_y + tokens[task.first + row] * D;
         __m512 sum = _mm512_setzero_ps();
         for (int64_t d = 0; d < D; d += STEP) {
             const __m512i values = _mm512_loadu_si512(source + d);
             _mm512_store_si512(rows_y + row * D + d, values);
-            sum = _mm512_fmadd_ps(widen(_mm512_castsi512_si256(values)), widen(b_up + d), sum);
-            sum = _mm512_fmadd_ps(widen(_mm512_extracti64x4_epi64(values, 1)), widen(b_up + d + 16), sum);
+            sum = _mm512_fmadd_ps(widen(_mm512_castsi512_si256(values)), widen(w.b_up + d), sum);
+            sum = _mm512_fmadd_ps(widen(_mm512_extracti64x4_epi64(values, 1)), widen(w.b_up + d + 16), sum);
         }
         _mm512_store_ps(gate_sums + row * 16, sum);
     }
-    touch(w_up, D * F);
+    touch(w.up, D * F);
     for (int64_t f = 0; f < F; f += STEP) {
-        pack_weights(w_up + f, F, D, panel);
+        pack_weights(w.up + f, F, D, panel);
         for (int64_t group = 0; group < groups; group += 2) {
             const int64_t pair = std::min<int64_t>(2, groups - group);
             if (pair == 2) multiply<2, 2>(rows_y + group * TILE * D, D, panel, D * TILE, D / STEP, c);
@@ -384,16 +281,16 @@ void backward_task(const Task& task, const Sizes& size, const bf16* grad_y, cons
             for (int64_t g = group; g < group + pair; ++g) {
                 const float* tile = c + 512 * (g - group);
                 const int64_t first = task.first + g * TILE;
-                through_gelu(tile, tile + 256, h + first * F + f, gates + first, rows_of(g), F,
+                through_gelu(tile, tile + 256, w.scale_up, h + first * F + f, gates + first, rows_of(g), F,
                              gate_sums + g * TILE * 16, rows_h + g * TILE * F + f);
             }
         }
     }
     for (int64_t row = 0; row < task.rows; ++row)
         grad_gates[task.first + row] = _mm512_reduce_add_ps(_mm512_load_ps(gate_sums + row * 16));
-    touch(w_down, F * D);
+    touch(w.down, F * D);
     for (int64_t d = 0; d < D; d += STEP) {
-        pack_weights(w_down + d, D, F, panel);
+        pack_weights(w.down + d, D, F, panel);
         for (int64_t group = 0; group < groups; group += 2) {
             const int64_t pair = std::min<int64_t>(2, groups - group);
             if (pair == 2) multiply<2, 2>(rows_h + group * TILE * F, F, panel, F * TILE, F / STEP, c);
@@ -401,9 +298,11 @@ void backward_task(const Task& task, const Sizes& size, const bf16* grad_y, cons
             for (int64_t g = group; g < group + pair; ++g) {
                 const float* tile = c + 512 * (g - group);
                 bf16* target = grad_x + (task.first + g * TILE) * D + d;
+                const __m512 factor = _mm512_set1_ps(w.scale_down);
                 for (int64_t row = 0; row < rows_of(g); ++row) {
-                    const __m512i values = narrow(_mm512_load_ps(tile + 16 * row), _mm512_load_ps(tile + 256 + 16 * row));
-                    _mm512_storeu_si512(target + row * D, join_columns(values));
+                    const __m512 low = _mm512_mul_ps(_mm512_load_ps(tile + 16 * row), factor);
+                    const __m512 high = _mm512_mul_ps(_mm512_load_ps(tile + 256 + 16 * row), factor);
+                    _mm512_storeu_si512(target + row * D, join_columns(narrow(low, high)));
                 }
             }
         }
@@ -439,6 +338,35 @@ void combine_to(const bf16* source, const int64_t* row_of, int64_t T, int64_t K,
     else combine(source, row_of, T, K, D, static_cast<bf16*>(target));
 }
 
+template <typename Weight>
+void forward(const Weights<Weight>& w, const Rows& rows, const bf16* x, const float* gates, bf16* h, void* y, int is_fp32) {
+    const std::vector<Task> tasks = make_tasks(rows.of_expert, rows.experts, rows.R);
+    bf16* rows_y = result_scratch.get(rows.R * w.D);
+#pragma omp parallel
+    {
+        const Tiles tiles;
+#pragma omp for schedule(dynamic, 1)
+        for (size_t i = 0; i < tasks.size(); ++i)
+            forward_task(tasks[i], w.of(tasks[i].expert), x, gates, rows.tokens, h, rows_y);
+    }
+    combine_to(rows_y, rows.row_of, rows.T, rows.K, w.D, y, is_fp32);
+}
+
+template <typename Weight>
+void backward(const Weights<Weight>& w, const Rows& rows, const bf16* grad_y, const float* gates, const bf16* h, void* grad_x,
+              int is_fp32, float* grad_gates) {
+    const std::vector<Task> tasks = make_tasks(rows.of_expert, rows.experts, rows.R);
+    bf16* rows_x = result_scratch.get(rows.R * w.D);
+#pragma omp parallel
+    {
+        const Tiles tiles;
+#pragma omp for schedule(dynamic, 1)
+        for (size_t i = 0; i < tasks.size(); ++i)
+            backward_task(tasks[i], w.of(tasks[i].expert), grad_y, gates, rows.tokens, h, rows_x, grad_gates);
+    }
+    combine_to(rows_x, rows.row_of, rows.T, rows.K, w.D, grad_x, is_fp32);
+}
+
 }  // namespace
 
 extern "C" {
@@ -455,44 +383,28 @@ int experts_supported() {
     return has_tiles && syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
 }
 
-// h (R, F) may be null. y: (T, D), fp32 or bf16.
-void experts_forward(const bf16* x, const float* gates, const int64_t* tokens, const int64_t* row_of,
-                     const int64_t* rows_of_expert, int64_t experts, int64_t R, int64_t T, int64_t K, int64_t D, int64_t F,
-                     const bf16* w_down, const bf16* b_down, const bf16* w_up, const bf16* b_up, bf16* h, void* y,
-                     int y_is_fp32) {
-    bf16* rows_y = result_scratch.get(R * D);
-    const std::vector<Task> tasks = make_tasks(rows_of_expert, experts, R);
-#pragma omp parallel
-    {
-        const Tiles tiles;
-#pragma omp for schedule(dynamic, 1)
-        for (size_t i = 0; i < tasks.size(); ++i) {
-            const int64_t e = tasks[i].expert;
-            forward_task(tasks[i], {D, F}, x, gates, tokens, w_down + e * F * D, b_down + e * F, w_up + e * D * F,
-                         b_up + e * D, h, rows_y);
-        }
-    }
-    combine_to(rows_y, row_of, T, K, D, y, y_is_fp32);
+// Weights (e, F, D) and (e, D, F) are int8 or bf16. h (R, F) may be null. y: (T, D), fp32 or bf16.
+void experts_forward(const Rows* rows, int64_t D, int64_t F, const void* w_down, const bf16* b_down, const void* w_up,
+                     const bf16* b_up, float scale_down, float scale_up, int is_int8, const bf16* x, const float* gates,
+                     bf16* h, void* y, int y_is_fp32) {
+    const auto run = [&](const auto* down, const auto* up) {
+        forward(Weights<std::decay_t<decltype(*down)>>{D, F, down, up, b_down, b_up, scale_down, scale_up}, *rows, x, gates, h,
+                y, y_is_fp32);
+    };
+    if (is_int8) run(static_cast<const int8_t*>(w_down), static_cast<const int8_t*>(w_up));
+    else run(static_cast<const bf16*>(w_down), static_cast<const bf16*>(w_up));
 }
 
 // grad_x: (T, D), fp32 or bf16; grad_gates: (R,).
-void experts_backward(const bf16* grad_y, const float* gates, const int64_t* tokens, const int64_t* row_of,
-                      const int64_t* rows_of_expert, int64_t experts, int64_t R, int64_t T, int64_t K, int64_t D, int64_t F,
-                      const bf16* w_down, const bf16* w_up, const bf16* b_up, const bf16* h, void* grad_x, int grad_x_is_fp32,
-                      float* grad_gates) {
-    bf16* rows_x = result_scratch.get(R * D);
-    const std::vector<Task> tasks = make_tasks(rows_of_expert, experts, R);
-#pragma omp parallel
-    {
-        const Tiles tiles;
-#pragma omp for schedule(dynamic, 1)
-        for (size_t i = 0; i < tasks.size(); ++i) {
-            const int64_t e = tasks[i].expert;
-            backward_task(tasks[i], {D, F}, grad_y, gates, tokens, h, w_down + e * F * D, w_up + e * D * F, b_up + e * D,
-                          rows_x, grad_gates);
-        }
-    }
-    combine_to(rows_x, row_of, T, K, D, grad_x, grad_x_is_fp32);
+void experts_backward(const Rows* rows, int64_t D, int64_t F, const void* w_down, const bf16* b_down, const void* w_up,
+                      const bf16* b_up, float scale_down, float scale_up, int is_int8, const bf16* grad_y,
+                      const float* gates, const bf16* h, void* grad_x, int grad_x_is_fp32, float* grad_gates) {
+    const auto run = [&](const auto* down, const auto* up) {
+        backward(Weights<std::decay_t<decltype(*down)>>{D, F, down, up, b_down, b_up, scale_down, scale_up}, *rows, grad_y,
+                 gates, h, grad_x, grad_x_is_fp32, grad_gates);
+    };
+    if (is_int8) run(static_cast<const int8_t*>(w_down), static_cast<const int8_t*>(w_up));
+    else run(static_cast<const bf16*>(w_down), static_cast<const bf16*>(w_up));
 }
 
 }  // extern "C"
