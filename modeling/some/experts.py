@@ -18,9 +18,13 @@ from torch import nn
 
 from modeling.config import SoMEConfig
 from modeling.some.experts_amx import amx_experts, can_use_amx
+from modeling.some.experts_grouped import can_use_grouped, grouped_experts
 from modeling.some.experts_loop import loop_experts
 from modeling.some.rows import RoutedRows
 from modeling.some.weights import ExpertWeights, expert_weights, grids
+
+KERNELS = {"amx": amx_experts, "grouped": grouped_experts, "loop": loop_experts}
+"""Implementations: `amx` (fused, for CPUs that have it), `grouped` (grouped products, for GPUs), `loop` (everywhere)."""
 
 
 @contextlib.contextmanager
@@ -67,8 +71,9 @@ class FrozenExpertPool(nn.Module):
         for name, shape in shapes.items():
             kept = torch.int8 if on_grid and name.startswith("w_") else dtype
             self.register_buffer(name, torch.zeros(shape, dtype=kept, device=device), persistent=False)
-        self.kernel = "amx" if can_use_amx(self.weights) else "loop"
-        """Which implementation computes: `amx` (fused, for CPUs that have it) or `loop` (torch's products, everywhere)."""
+        uses = {"amx": can_use_amx(self.weights), "grouped": can_use_grouped(self.weights), "loop": True}
+        self.kernel = next(name for name, usable in uses.items() if usable)
+        """Which of `KERNELS` computes."""
         workers = torch.get_num_threads()
         with _one_thread_each(), ThreadPoolExecutor(workers) as threads:
             list(threads.map(self._materialise, range(n)))
@@ -98,8 +103,7 @@ class FrozenExpertPool(nn.Module):
             (T, D) in the dtype of `x_TD`; zero for a token that has no expert here.
         """
         rows = RoutedRows.of(slots_TK, len(self.expert_ids))
-        kernel = amx_experts if self.kernel == "amx" else loop_experts
-        return kernel(x_TD, gates_TK, rows, self.weights)
+        return KERNELS[self.kernel](x_TD, gates_TK, rows, self.weights)
 
     def reference(self, x_TD: torch.Tensor, gates_TK: torch.Tensor, slots_TK: torch.Tensor) -> torch.Tensor:
         """What `forward` computes, in plain differentiable operations."""

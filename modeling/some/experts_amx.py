@@ -1,6 +1,7 @@
 """Frozen experts in one fused kernel, for CPUs with AMX: the Python side of kernels/experts_amx.cpp.
 
-Shapes: T tokens, K experts a token, R routed rows, D width, F expert hidden width, e experts of the shard.
+Shapes: T tokens, K experts a token, N = T * K rows, of which the first R are of this shard, D width, F expert hidden width,
+e experts of the shard.
 """
 
 import ctypes
@@ -47,24 +48,24 @@ class _AmxExperts(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x_TD, gates_TK, rows, weights):
-        x_in_TD, gates_R = x_TD.to(torch.bfloat16).contiguous(), rows.sort(gates_TK).float()
+        x_in_TD, gates_N = x_TD.to(torch.bfloat16).contiguous(), rows.sort(gates_TK).float()
         keep = any(ctx.needs_input_grad)
-        h_RF = x_in_TD.new_empty(len(gates_R), weights.w_down_eFD.shape[1]) if keep else None
+        h_RF = x_in_TD.new_empty(sum(rows.rows_e), weights.w_down_eFD.shape[1]) if keep else None
         y_TD = torch.empty(x_TD.shape, dtype=x_TD.dtype)
-        _call("experts_forward", rows, weights, x_in_TD, gates_R, h_RF, y_TD, y_TD.dtype == torch.float32)
-        ctx.save_for_backward(gates_R, h_RF)
+        _call("experts_forward", rows, weights, x_in_TD, gates_N, h_RF, y_TD, y_TD.dtype == torch.float32)
+        ctx.save_for_backward(gates_N, h_RF)
         ctx.rows, ctx.weights, ctx.x_dtype = rows, weights, x_TD.dtype
         return y_TD
 
     @staticmethod
     def backward(ctx, grad_y_TD):
-        gates_R, h_RF = ctx.saved_tensors
+        gates_N, h_RF = ctx.saved_tensors
         grad_in_TD = grad_y_TD.to(torch.bfloat16).contiguous()
         grad_x_TD = torch.empty(grad_y_TD.shape, dtype=ctx.x_dtype)
-        grad_gates_R = torch.empty_like(gates_R)
+        grad_gates_N = torch.zeros_like(gates_N)
         is_fp32 = ctx.x_dtype == torch.float32
-        _call("experts_backward", ctx.rows, ctx.weights, grad_in_TD, gates_R, h_RF, grad_x_TD, is_fp32, grad_gates_R)
-        return grad_x_TD, ctx.rows.unsort(grad_gates_R), None, None
+        _call("experts_backward", ctx.rows, ctx.weights, grad_in_TD, gates_N, h_RF, grad_x_TD, is_fp32, grad_gates_N)
+        return grad_x_TD, ctx.rows.unsort(grad_gates_N), None, None
 
 
 class _Rows(ctypes.Structure):
@@ -78,8 +79,8 @@ class _Rows(ctypes.Structure):
 def _call(function: str, rows: RoutedRows, weights: ExpertWeights, *others: torch.Tensor | bool | None) -> None:
     """Call with rows, sizes and weights, which both functions begin with, then the others; None is a null pointer."""
     rows_e = torch.tensor(rows.rows_e, dtype=torch.int64)
-    indices = [tensor.data_ptr() for tensor in (rows.tokens_R, rows.row_of_TK, rows_e)]
-    c_rows = _Rows(*indices, len(rows_e), len(rows.tokens_R), *rows.row_of_TK.shape)
+    indices = [tensor.data_ptr() for tensor in (rows.tokens_N, rows.row_of_TK, rows_e)]
+    c_rows = _Rows(*indices, len(rows_e), sum(rows.rows_e), *rows.row_of_TK.shape)
     _, F, D = weights.w_down_eFD.shape
     tensors = [weights.w_down_eFD, weights.b_down_eF, weights.w_up_eDF, weights.b_up_eD]
     scales = [ctypes.c_float(weights.scale_down), ctypes.c_float(weights.scale_up)]

@@ -1,6 +1,7 @@
 """Frozen experts by torch's own matrix products, one expert after the other: on any device and in any dtype.
 
-Shapes: T tokens, K experts a token, R routed rows, B rows in blocks, D width, F expert hidden width, e experts of the shard.
+Shapes: T tokens, K experts a token, N = T * K rows, B rows in blocks, D width, F expert hidden width, e experts of the
+shard.
 Within the loop: b rows of one block, r <= b rows that are real.
 """
 
@@ -30,43 +31,43 @@ class _FrozenExperts(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x_TD, gates_TK, rows, weights):
-        x_in_TD, gates_R = x_TD.to(weights.dtype), rows.sort(gates_TK)
+        x_in_TD, gates_N = x_TD.to(weights.dtype), rows.sort(gates_TK)
         blocks = _blocks(rows.rows_e, x_in_TD)
         # Sums over experts in fp32: bf16 would round once per expert.
         y_TD = torch.zeros(x_TD.shape, dtype=torch.float32, device=x_TD.device)
         keep = any(ctx.needs_input_grad)
         h_BF = x_in_TD.new_empty(blocks[-1][2].stop if keep and blocks else 0, weights.w_down_eFD.shape[1])
         for slot, segment, block in blocks:
-            tokens_r = rows.tokens_R[segment]
+            tokens_r = rows.tokens_N[segment]
             x_bD = _gather(x_in_TD, tokens_r, block)
             out = h_BF[block] if keep else None
             w_down_FD, w_up_DF = weights.matrices(slot)
             h_bF = torch.addmm(weights.b_down_eF[slot], x_bD, w_down_FD.T, out=out)
             y_bD = torch.addmm(weights.b_up_eD[slot], F.gelu(h_bF), w_up_DF.T)
-            y_TD.index_add_(0, tokens_r, y_bD[: len(tokens_r)].float().mul_(gates_R[segment, None]))
-        ctx.save_for_backward(gates_R, h_BF)
+            y_TD.index_add_(0, tokens_r, y_bD[: len(tokens_r)].float().mul_(gates_N[segment, None]))
+        ctx.save_for_backward(gates_N, h_BF)
         ctx.rows, ctx.weights, ctx.blocks, ctx.x_dtype = rows, weights, blocks, x_TD.dtype
         return y_TD.to(x_TD.dtype)
 
     @staticmethod
     def backward(ctx, grad_y_TD):
-        gates_R, h_BF = ctx.saved_tensors
+        gates_N, h_BF = ctx.saved_tensors
         grad_in_TD = grad_y_TD.to(h_BF.dtype)
         grad_x_TD = torch.zeros(grad_y_TD.shape, dtype=torch.float32, device=grad_y_TD.device)
-        grad_gates_R = torch.zeros_like(gates_R)
+        grad_gates_N = torch.zeros_like(gates_N)
         for slot, segment, block in ctx.blocks:
-            tokens_r, h_bF = ctx.rows.tokens_R[segment], h_BF[block]
+            tokens_r, h_bF = ctx.rows.tokens_N[segment], h_BF[block]
             r = len(tokens_r)
             grad_y_bD = _gather(grad_in_TD, tokens_r, block)
             # The ungated gradient of the activation serves twice: times the activation it is dL/dgate, so y is not kept.
             w_down_FD, w_up_DF = ctx.weights.matrices(slot)
             grad_a_bF = grad_y_bD @ w_up_DF
             grad_bias_r = grad_y_bD[:r].float() @ ctx.weights.b_up_eD[slot].float()
-            grad_gates_R[segment] = (grad_a_bF[:r].float() * F.gelu(h_bF[:r]).float()).sum(-1) + grad_bias_r
-            grad_a_bF[:r] *= gates_R[segment, None].to(grad_a_bF.dtype)
+            grad_gates_N[segment] = (grad_a_bF[:r].float() * F.gelu(h_bF[:r]).float()).sum(-1) + grad_bias_r
+            grad_a_bF[:r] *= gates_N[segment, None].to(grad_a_bF.dtype)
             grad_h_bF = torch.ops.aten.gelu_backward(grad_a_bF, h_bF)
             grad_x_TD.index_add_(0, tokens_r, (grad_h_bF @ w_down_FD)[:r].float())
-        return grad_x_TD.to(ctx.x_dtype), ctx.rows.unsort(grad_gates_R), None, None
+        return grad_x_TD.to(ctx.x_dtype), ctx.rows.unsort(grad_gates_N), None, None
 
 
 def _gather(source_TD: torch.Tensor, tokens_r: torch.Tensor, block: slice) -> torch.Tensor:

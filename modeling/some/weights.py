@@ -37,8 +37,8 @@ class ExpertWeights:
         """The dtype that computes."""
         return self.b_down_eF.dtype
 
-    def matrices(self, slot: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """`(w_down_FD, w_up_DF)` of one expert in the dtype that computes."""
+    def matrices(self, slot: int | slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """`(w_down, w_up)` of one expert, or of several, in the dtype that computes."""
         w_down_FD, w_up_DF = self.w_down_eFD[slot], self.w_up_eDF[slot]
         if w_down_FD.dtype != torch.int8:
             return w_down_FD, w_up_DF

@@ -129,6 +129,8 @@ def make_slots(tokens: int, experts: int, top_k: int, elsewhere: float, generato
         ("loop", torch.bfloat16, torch.bfloat16, 6e-3),
         ("amx", torch.bfloat16, torch.bfloat16, 6e-3),
         ("amx", torch.bfloat16, torch.float32, 5e-3),
+        ("grouped", torch.float32, torch.float32, 1e-6),
+        ("grouped", torch.bfloat16, torch.bfloat16, 6e-3),
     ],
 )
 @pytest.mark.parametrize("grid", ["none", "int8"])
@@ -178,7 +180,7 @@ def test_the_fused_kernel_does_not_depend_on_threads():
         assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
 
 
-@pytest.mark.parametrize("kernel", ["loop", "amx"])
+@pytest.mark.parametrize("kernel", ["loop", "amx", "grouped"])
 def test_nothing_but_preactivations_is_kept_for_the_backward(kernel):
     pool = make_pool(kernel, torch.bfloat16)
     x_TD = torch.randn(64, WIDE.d_model).bfloat16().requires_grad_()
@@ -187,10 +189,10 @@ def test_nothing_but_preactivations_is_kept_for_the_backward(kernel):
         pool(x_TD, torch.rand(64, 1, requires_grad=True), torch.zeros(64, 1, dtype=torch.int64))
     pool_storages = {buffer.data_ptr() for buffer in pool.buffers()}
     own = [(t.numel(), t.dtype) for t in kept if t.data_ptr() not in pool_storages]
-    assert own == [(64, torch.float32), (64 * WIDE.d_ffn, torch.bfloat16)], "gates and h"
+    assert own == [(64, torch.float32), (64 * WIDE.d_ffn, torch.bfloat16)], "gates and h alone"
 
 
-@pytest.mark.parametrize("kernel", ["loop", "amx"])
+@pytest.mark.parametrize("kernel", ["loop", "amx", "grouped"])
 def test_no_rows_at_all(kernel):
     pool = make_pool(kernel, torch.bfloat16)
     x_TD = torch.randn(0, WIDE.d_model).bfloat16().requires_grad_()
