@@ -6,6 +6,7 @@ Shapes: T tokens, D width, E experts, K experts a token.
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from modeling.config import SoMEConfig
@@ -99,6 +100,26 @@ def route(
     scores divided by `temperature`. Gradients reach the queries through the gates only (specs section 2).
     """
     with torch.autocast(queries_TD.device.type, enabled=False):
-        scores_TE = queries_TD @ keys_ED.T
-        scores_TK, expert_ids_TK = scores_TE.topk(top_k, dim=-1)
+        scores_TK, expert_ids_TK = _BestScores.apply(queries_TD, keys_ED, top_k)
         return torch.softmax(scores_TK / temperature, dim=-1), expert_ids_TK
+
+
+class _BestScores(torch.autograd.Function):
+    """The K largest dot products of each query with the keys, and whose they are.
+
+    The gradient of a query is a sum of the K keys it chose. Left to autograd it would be a product of all keys with a matrix
+    (T, E) that is almost all zeros.
+    """
+
+    @staticmethod
+    def forward(ctx, queries_TD, keys_ED, top_k):
+        scores_TK, expert_ids_TK = (queries_TD @ keys_ED.T).topk(top_k, dim=-1)
+        ctx.save_for_backward(keys_ED, expert_ids_TK)
+        ctx.mark_non_differentiable(expert_ids_TK)
+        return scores_TK, expert_ids_TK
+
+    @staticmethod
+    def backward(ctx, grad_scores_TK, _):
+        keys_ED, expert_ids_TK = ctx.saved_tensors
+        grad_TD = F.embedding_bag(expert_ids_TK, keys_ED, per_sample_weights=grad_scores_TK.contiguous(), mode="sum")
+        return grad_TD, None, None
