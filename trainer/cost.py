@@ -16,8 +16,8 @@ from trainer.plan import Deployment, parts, saved_bytes_per_token, traffic
 PASSES = 2
 """Times that an expert's weights are read in a micro batch: forward, and backward for the input's gradient alone."""
 TOUCHES = 4
-"""Times that a saved value's bytes cross memory outside of products: written, read by what follows, read in the backward, and
-a gradient of its size written."""
+"""Times that a saved value's bytes cross memory outside of products: written, read by what follows, read in the backward,
+and a gradient of its size written."""
 EXCHANGES = 8
 """All-to-alls of a layer and micro batch: counts, slots, inputs, gates, partial sums; gradients of the last three."""
 
