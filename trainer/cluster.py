@@ -13,6 +13,13 @@ import yaml
 from trainer.plan import GIB, Sent
 
 DEVICES = ("cuda", "cpu")
+KINDS = {
+    float: ((int, float), "a number"),
+    int: ((int,), "a whole number"),
+    str: ((str,), "text"),
+    dict[int, float]: ((dict,), "rows and shares"),
+}
+"""What YAML may hold for a field's type, and how an error calls it."""
 
 
 @dataclass(frozen=True)
@@ -63,9 +70,11 @@ class Machine:
                 raise ValueError(f"{field.name} = {value} must be {'at least' if may_be_zero else 'greater than'} 0")
         if not self.share_by_rows:
             raise ValueError("share_by_rows = {} holds nothing; give at least one number of rows and its share")
-        for rows, share in [*self.share_by_rows.items(), ("attention_share", self.attention_share)]:
-            if not 0 < share <= 1 or (rows != "attention_share" and rows < 1):
-                raise ValueError(f"share_by_rows = {rows}: {share} must be rows of at least 1 and a share from 0 to 1")
+        for rows, share in self.share_by_rows.items():
+            if not 0 < share <= 1 or rows < 1:
+                raise ValueError(f"share_by_rows = {rows}: {share} must be rows of at least 1 and a share between 0 and 1")
+        if self.attention_share > 1:
+            raise ValueError(f"attention_share = {self.attention_share} must be at most 1")
 
     def flops(self, bf16: bool) -> float:
         """Peak FLOP/s of products."""
@@ -124,9 +133,11 @@ def _machine(values: dict[str, Any], name: str) -> Machine:
     for key, hint in hints.items():
         if key not in values:
             raise ValueError(f"--machine {name}: {key} is missing; see tools/machines.yaml")
-        kinds = {float: (int, float), int: (int,), str: (str,)}.get(hint, (dict,))
+        kinds, expected = KINDS[hint]
         if not isinstance(values[key], kinds) or isinstance(values[key], bool):
-            raise ValueError(f"--machine {name}: {key} = {values[key]!r} is {type(values[key]).__name__}; expected {hint}")
+            raise ValueError(
+                f"--machine {name}: {key} = {values[key]!r} is {type(values[key]).__name__}; expected {expected}"
+            )
     for rows, share in values["share_by_rows"].items():
         if not isinstance(rows, int) or not isinstance(share, int | float):
             raise ValueError(f"--machine {name}: share_by_rows = {rows!r}: {share!r}; expected a number of rows and a share")
