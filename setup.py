@@ -9,7 +9,10 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["modeling*", "trainer*", "tools*"]),
-    package_data={"tools": ["study.yaml"], "trainer": ["experiments/*.yaml", "experiments/published/*.yaml"]},
+    package_data={
+        "tools": ["machines.yaml", "study.yaml"],
+        "trainer": ["experiments/*.yaml", "experiments/published/*.yaml"],
+    },
     install_requires=[
         "torch>=2.10",
         "deepspeed>=0.19.2",  # older versions cast the fp32 key stores to bf16
@@ -23,7 +26,7 @@ setup(
         "pyarrow>=15",
         "tqdm>=4.66",
     ],
-    extras_require={"dev": ["pytest>=8", "ruff>=0.9"]},
+    extras_require={"dev": ["pytest>=8", "ruff>=0.9"], "plot": ["matplotlib>=3.8"]},
     entry_points={
         "console_scripts": [
             "some-train = trainer.run:main",
@@ -31,6 +34,7 @@ setup(
             "some-reproduce = tools.reproduce:main",
             "some-study = tools.study:main",
             "some-padding = tools.padding:main",
+            "some-plan = tools.plan:main",
         ]
     },
 )
