@@ -98,7 +98,7 @@ def test_a_missing_figure_is_named(tmp_path, capsys):
 def test_matplotlib_may_be_missing(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(scaling, "find_spec", lambda name: None)
     assert call("b3", "--plot", str(tmp_path / "p.png")) == 2
-    assert "needs matplotlib, which is not installed; pip install 'some-trainer[plot]'" in capsys.readouterr().err
+    assert "needs matplotlib, which is not installed; pip install matplotlib" in capsys.readouterr().err
 
 
 def test_ep_1_is_best_where_the_pool_fits_and_links_are_slow(tmp_path, capsys):

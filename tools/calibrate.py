@@ -38,7 +38,9 @@ from trainer.plan import GIB, Sharding, parts
 
 ROWS = (16, 32, 64, 128, 512, 2048)
 COPIED, SENT = 2**27, 2**23
-TURNS, STEPS = 7, 3
+TURNS, STEPS = 7, 5
+WARM_UP = 4
+"""Steps that do not count: bf16 on CPUs compiles a kernel for every new number of rows."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Measured:
     """Steps of a real run, on the rank that took longest."""
 
     seconds: list[float]
-    """Of every step, without the first."""
+    """Of every step after the warm-up."""
     memory: int
     """Bytes that the process grew by at its peak."""
     usage_LE: np.ndarray
@@ -78,6 +80,8 @@ def calibrate(experiment: Experiment, ds_config: str, base: Machine, path: Path)
     init_process_group(device, experiment.parallel.timeout_minutes)
     try:
         machine = measure_machine(experiment.model, base, launch, device)
+        fixed = step_seconds(experiment, config, sharding, 1e-6 * machine.layer_us, device)
+        machine = replace(machine, step_us=1e6 * fixed)
         measured = measure_steps(experiment, layout, config, sharding, device)
         cluster = Cluster(machine, launch.world_size // launch.local_world_size, launch.local_world_size, sharding)
         planned = evaluate(experiment, cluster, measured.usage_LE, layout, "contiguous", 0)
@@ -198,18 +202,33 @@ def _all_to_all_seconds(size: int, ranks: int, group: dist.ProcessGroup, device:
 
 def layer_seconds(model: ModelConfig, device: torch.device) -> float:
     """What one more block costs when there is next to nothing to compute."""
-    tiny = replace(
-        model, vocab_size=16, d_model=2 * model.num_heads, some=replace(model.some, num_experts=1, top_k=1, d_ffn=1)
-    )
     times = []
     for layers in (2, 6):
-        small = build_model(replace(tiny, num_layers=layers), device=device)
+        small = build_model(tiny_model(model, layers), device=device)
         ids_BS = torch.zeros(1, 2, dtype=torch.int64, device=device)
         mask_BS = torch.ones(1, 2, dtype=torch.bool, device=device)
         times.append(
             seconds_of(lambda: small(ids_BS, mask_BS, targets_BS=ids_BS).losses_T.sum().backward(), device)  # noqa: B023
         )
     return max(0.0, (times[1] - times[0]) / 4)
+
+
+def tiny_model(model: ModelConfig, layers: int) -> ModelConfig:
+    """The model's parts at sizes that cost nothing."""
+    some = replace(model.some, num_experts=1, top_k=1, d_ffn=1)
+    return replace(model, vocab_size=16, d_model=2 * model.num_heads, num_layers=layers, max_seq_len=2, some=some)
+
+
+def step_seconds(experiment: Experiment, config: dict, sharding: Sharding, layer: float, device: torch.device) -> float:
+    """What a step costs beyond its blocks when there is next to nothing to compute; `layer` seconds a block."""
+    small = replace(experiment, model=tiny_model(experiment.model, 2))
+    sizes = {
+        "train_batch_size": dist.get_world_size(),
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+    }
+    measured = measure_steps(small, Layout(1, 1, 1), config | sizes, sharding, device)
+    return max(0.0, statistics.median(measured.seconds) - 2 * layer)
 
 
 def expert_seconds(some: SoMEConfig, memory: float, device: torch.device) -> float:
@@ -246,7 +265,7 @@ def measure_steps(
     S, E = experiment.model.max_seq_len, experiment.model.some.num_experts
     generator = torch.Generator().manual_seed(dist.get_rank())
     times, counts_LE = [], torch.zeros(len(stores), E, dtype=torch.int64, device=device)
-    for _ in range(STEPS + 1):
+    for _ in range(WARM_UP + STEPS):
         dist.barrier()
         _wait(device)
         began, sums = time.perf_counter(), [None] * len(stores)
@@ -264,7 +283,7 @@ def measure_steps(
         update_key_stores(stores, sums, dist.group.WORLD)
         _wait(device)
         times.append(time.perf_counter() - began)
-    slowest = torch.tensor([*times[1:], _peak_memory(device) - before], dtype=torch.float64, device=device)
+    slowest = torch.tensor([*times[WARM_UP:], _peak_memory(device) - before], dtype=torch.float64, device=device)
     dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
     dist.all_reduce(counts_LE)
     usage_LE = counts_LE.double().cpu().numpy()

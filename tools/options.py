@@ -65,7 +65,9 @@ class Option:
         """The --set that trainer/run.py needs for it."""
         layout, extra = self.deployment.layout, []
         if self.placement != "contiguous":
-            extra = [f"parallel.placement={self.placement}", f"parallel.replicas={self.deployment.replicas}"]
+            extra = [f"parallel.placement={self.placement}"]
+        if self.deployment.replicas:
+            extra.append(f"parallel.replicas={self.deployment.replicas}")
         return [f"parallel.ep_size={layout.ep_size}", f"train.max_micro_batch={layout.micro_batch}", *extra]
 
 
@@ -209,6 +211,7 @@ def why(options: list[Option], machine: Machine) -> str:
     if not alone.fits:
         return f"EP 1 does not fit ({alone.memory.total / GIB:,.1f} GiB a rank of {usable:,.1f} usable)"
     return (
-        f"EP 1 fits too, but an expert would have {ep_size}x fewer rows, which costs more than the exchange: "
+        f"EP 1 fits too, but a rank would run {ep_size}x more experts of {ep_size}x fewer rows, which costs more than the "
+        f"exchange: "
         f"{largest_difference(alone, best)}"
     )

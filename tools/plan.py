@@ -188,13 +188,13 @@ def _row(option: Option, best: Option, machine: Machine) -> str:
 def _columns(option: Option) -> list[str]:
     """Memory, traffic and time by part, side by side."""
     held = [f"{name:12}{size / GIB:8.3f}" for name, size in parts(option.memory).items()]
-    sent = [f"{name:10}{s.in_node / 1e6:10,.1f}{s.between_nodes / 1e6:14,.1f}" for name, s in parts(option.traffic).items()]
+    sent = [f"{name:10}{s.in_node / 1e6:10,.1f}{s.between_nodes / 1e6:16,.1f}" for name, s in parts(option.traffic).items()]
     time = [f"{name:12}{1e3 * seconds:9,.2f}" for name, seconds in parts(option.time).items()]
     held.append(f"{'total':12}{option.memory.total / GIB:8.3f}")
     time.append(f"{'total':12}{1e3 * option.time.total:9,.2f}")
     heads = [
         f"{'held a rank':12}{'GiB':>8}",
-        f"{'sent a step':10}{'MB in node':>9}{'between nodes':>14}",
+        f"{'MB sent':10}{'in node':>10}{'between nodes':>16}",
         f"{'a step':12}{'ms':>9}",
     ]
     columns = [[heads[0], *held], [heads[1], *sent], [heads[2], *time]]

@@ -22,7 +22,7 @@ def check_plot(path: str) -> None:
     if not Path(path).parent.is_dir():
         raise ValueError(f"--plot {path}: the folder {Path(path).parent} does not exist; make it or name another")
     if find_spec("matplotlib") is None:
-        raise ValueError(f"--plot {path}: needs matplotlib, which is not installed; pip install 'some-trainer[plot]'")
+        raise ValueError(f"--plot {path}: needs matplotlib, which is not installed; pip install matplotlib")
 
 
 def draw(path: Path, experiment: Experiment, cluster: Cluster, usage: str) -> None:

@@ -56,6 +56,8 @@ class Machine:
     """Latency of a message there, microseconds."""
     host_gb_s: float
     """Bandwidth between a rank and host memory, for an offloaded optimizer, 1e9 bytes/s."""
+    step_us: float
+    """Fixed time of an optimizer step (DeepSpeed's hooks and Python), microseconds."""
     layer_us: float
     """Fixed time of one block, forward and backward (launches of kernels, Python), microseconds."""
     expert_us: float

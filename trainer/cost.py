@@ -47,7 +47,7 @@ class StepTime:
     keys: float
     """Sums over tokens, their reduction, and the update of the key stores."""
     fixed: float
-    """Launches of kernels and Python: so much a block and an expert, whatever their size."""
+    """Launches of kernels and Python: so much a step, a block and an expert, whatever their size."""
 
     @property
     def total(self) -> float:
@@ -89,7 +89,7 @@ def step_time(experiment: Experiment, deployment: Deployment, machine: Machine, 
         gradients=_gradients(experiment, deployment, machine),
         optimizer=_optimizer(experiment, deployment, machine),
         keys=_keys(experiment, deployment, machine, U),
-        fixed=1e-6 * steps * (L * machine.layer_us + active * machine.expert_us),
+        fixed=1e-6 * (machine.step_us + steps * (L * machine.layer_us + active * machine.expert_us)),
     )
 
 

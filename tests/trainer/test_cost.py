@@ -17,7 +17,9 @@ from trainer.plan import Deployment, Sharding, parts, traffic
 from trainer.usage import at_most_once_a_token, imbalance, read_usage
 
 MACHINES = Path(__file__).resolve().parents[2] / "tools" / "machines.yaml"
-PLAIN = replace(read_machine("h100x8", MACHINES), share_by_rows={1: 0.01, 100: 0.5}, layer_us=0.0, expert_us=0.0)
+PLAIN = replace(
+    read_machine("h100x8", MACHINES), share_by_rows={1: 0.01, 100: 0.5}, step_us=0.0, layer_us=0.0, expert_us=0.0
+)
 
 
 @pytest.mark.parametrize(("exponent", "top_k"), [(0.0, 4), (0.6, 4), (3.0, 4), (3.0, 12), (20.0, 3)])
@@ -127,8 +129,8 @@ def test_products_of_the_core_and_their_rates():
     assert seconds.core == pytest.approx(2 * 6 * U * trained / (0.5 * 989.4e12))
     assert seconds.attention == pytest.approx(2 * 6 * L * U * 768 * D / (0.35 * 989.4e12))
     assert seconds.scores == pytest.approx(2 * 4 * L * U * D * 512 / (0.5 * 66.9e12))
-    fixed = step_time(experiment, deploy(accumulation=2), replace(PLAIN, layer_us=7.0), usage_LE).fixed
-    assert seconds.fixed == 0 and fixed == pytest.approx(2 * 10 * 7e-6)
+    fixed = step_time(experiment, deploy(accumulation=2), replace(PLAIN, step_us=3.0, layer_us=7.0), usage_LE).fixed
+    assert seconds.fixed == 0 and fixed == pytest.approx(3e-6 + 2 * 10 * 7e-6)
 
 
 def test_the_key_update_grows_with_the_square_of_the_experts():
