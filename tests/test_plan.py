@@ -104,7 +104,7 @@ def test_matplotlib_may_be_missing(monkeypatch, tmp_path, capsys):
 def test_ep_1_is_best_where_the_pool_fits_and_links_are_slow(tmp_path, capsys):
     found = planned(tmp_path, "a4", "--bandwidth", "in_node=1", "--set", "train.batch_size=512")
     assert ep_size(found["options"][0]) == 1
-    assert "so no token has to travel; the next EP size costs exchange +" in capsys.readouterr().out
+    assert "so no token has to travel; the next EP size takes +" in capsys.readouterr().out
     assert found["options"][0]["traffic"]["tokens"]["in_node"] == 0
 
 

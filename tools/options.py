@@ -16,6 +16,8 @@ EXTRA_SLOTS = (1, 2)
 """Copies of hot experts that are tried, in slots a rank and layer."""
 EQUAL = 1.01
 """Times this close count as equal, and the plainest way (smaller EP size, contiguous, fewer replicas) goes first."""
+NAMED_PARTS = 3
+"""Most parts of a step that a comparison names."""
 
 
 @dataclass(frozen=True)
@@ -176,14 +178,15 @@ def best_of_each(options: list[Option]) -> list[Option]:
 
 
 def largest_difference(option: Option, best: Option) -> str:
-    """The part of the step that sets a slower option back most, and what it gains most elsewhere."""
-    theirs, ours = parts(option.time), parts(best.time)
-    more = {name: theirs[name] - ours[name] for name in theirs}
-    worst, gain = max(more, key=more.get), min(more, key=more.get)
+    """How much longer an option takes than the best, and the parts of the step that differ most."""
     if max(option.time.total, best.time.total) <= EQUAL * min(option.time.total, best.time.total):
         return "as fast"
-    text = f"{worst} {1e3 * more[worst]:+,.2f} ms"
-    return text + (f", {gain} {1e3 * more[gain]:+,.2f}" if more[gain] < -0.05 * abs(more[worst]) else "")
+    theirs, ours = parts(option.time), parts(best.time)
+    more = {name: theirs[name] - ours[name] for name in theirs}
+    most = sorted(more, key=lambda name: -abs(more[name]))[:NAMED_PARTS]
+    # A part that is a twentieth of the largest or less explains nothing.
+    named = [f"{name} {1e3 * more[name]:+,.1f}" for name in most if abs(more[name]) > 0.05 * abs(more[most[0]])]
+    return f"{1e3 * (option.time.total - best.time.total):+,.1f} ms: {', '.join(named)}"
 
 
 def why(options: list[Option], machine: Machine) -> str:
@@ -205,13 +208,12 @@ def why(options: list[Option], machine: Machine) -> str:
         if not others:
             return reason if pool else "there is no pool to share"
         fitting = [option for option in others if option.fits]
-        return reason + (f"; the next EP size costs {largest_difference(fitting[0], best)}" if fitting else "")
+        return reason + (f"; the next EP size takes {largest_difference(fitting[0], best)}" if fitting else "")
     if alone is None:
         return f"the experiment asks for EP size {ep_size}"
     if not alone.fits:
         return f"EP 1 does not fit ({alone.memory.total / GIB:,.1f} GiB a rank of {usable:,.1f} usable)"
     return (
         f"EP 1 fits too, but a rank would run {ep_size}x more experts of {ep_size}x fewer rows, which costs more than the "
-        f"exchange: "
-        f"{largest_difference(alone, best)}"
+        f"exchange, {largest_difference(alone, best)}"
     )

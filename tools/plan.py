@@ -49,7 +49,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--ranks_per_node", type=int, metavar="N", help="ranks on each (default: as many as the machine has)")
     add("--bandwidth", action="append", default=[], metavar="LINK=GB/S", help="of in_node or between_nodes, one direction")
     add("--usage", default="zipf:0.6", metavar="zipf:S|RUN", help="how evenly experts are used (default zipf:0.6)")
-    add("--row_tokens", type=int, metavar="N", help="mean tokens in a row, for traffic and time (default model.max_seq_len)")
+    add(
+        "--row_tokens",
+        type=int,
+        metavar="N",
+        help="mean tokens in a row, with padding, for traffic and time (default: the longest)",
+    )
     add("--json", metavar="FILE", help="write all figures there")
     add("--plot", metavar="FILE.png|.svg", help="draw step time over ranks and over experts")
     add("--calibrate", metavar="FILE.yaml", help="measure this machine into FILE, and compare a real step with the plan")

@@ -28,6 +28,7 @@ def check_plot(path: str) -> None:
 def draw(path: Path, experiment: Experiment, cluster: Cluster, usage: str) -> None:
     """Write the picture; hollow marks do not fit into memory."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -43,6 +44,8 @@ def draw(path: Path, experiment: Experiment, cluster: Cluster, usage: str) -> No
         axes.set_ylabel("ms a step")
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter("{x:,.0f}")
+        if max(axes.get_ylim()) < 8 * min(axes.get_ylim()):
+            axes.yaxis.set_major_locator(LogLocator(base=2, subs=(1.0, 1.25, 1.5, 1.75)))
         axes.grid(alpha=0.3)
         axes.legend()
     rows = _rows_of_a_rank(experiment, cluster)
@@ -97,11 +100,11 @@ def _rows_of_a_rank(experiment: Experiment, cluster: Cluster) -> int:
 
 
 def _best(experiment: Experiment, cluster: Cluster, usage_LE, ep_size: int) -> Option:
-    """The best micro batch of one EP size; the smallest where none fits."""
+    """The best micro batch of one EP size, of all where none fits."""
     share = experiment.train.batch_size // cluster.ranks
     options = [
         evaluate(experiment, cluster, usage_LE, Layout(ep_size, micro, share // micro), "contiguous", 0)
         for micro in divisors(share)
     ]
     fitting = [option for option in options if option.fits]
-    return min(fitting, key=lambda option: option.time.total) if fitting else options[0]
+    return min(fitting or options, key=lambda option: option.time.total)

@@ -72,7 +72,8 @@ class Deployment:
     imbalance: float = 1.0
     """Rows at the busiest rank of a pool over the mean, in the worst layer."""
     row_tokens: int | None = None
-    """Mean tokens in a row of a batch, for traffic and time; None = model.max_seq_len. Memory counts the longest rows."""
+    """Mean tokens in a row, padding to the longest of its micro batch included, for traffic and time; None =
+    model.max_seq_len. Memory counts the longest rows."""
 
     @property
     def ep_in_node(self) -> int:
