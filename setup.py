@@ -11,7 +11,7 @@ setup(
     packages=find_packages(include=["modeling*", "trainer*", "tools*"]),
     package_data={
         "modeling": ["some/kernels/*"],
-        "tools": ["study.yaml"],
+        "tools": ["study.yaml", "machines.yaml"],
         "trainer": ["experiments/*.yaml", "experiments/published/*.yaml"],
     },
     install_requires=[
@@ -27,7 +27,7 @@ setup(
         "pyarrow>=15",
         "tqdm>=4.66",
     ],
-    extras_require={"dev": ["pytest>=8", "ruff>=0.9"]},
+    extras_require={"dev": ["pytest>=8", "ruff>=0.9"], "plot": ["matplotlib>=3.8"]},
     entry_points={
         "console_scripts": [
             "some-train = trainer.run:main",
@@ -35,6 +35,7 @@ setup(
             "some-reproduce = tools.reproduce:main",
             "some-study = tools.study:main",
             "some-padding = tools.padding:main",
+            "some-plan = tools.plan:main",
         ]
     },
 )

@@ -1,81 +1,300 @@
-"""What a run will need, computed without building anything: parameters, memory a rank, bytes sent a step.
+"""What a rank holds and sends, computed without building anything: the project's one model of memory and traffic.
 
-Shapes in the formulas: T tokens of a rank's micro batch, D width, F expert hidden width, E experts, K experts a token,
-L layers, V vocabulary, P ranks that share a pool, N ranks in all.
+`--dry_run` prints it for a job as it stands; `tools/plan.py` searches with it. Time is in `trainer/cost.py`.
+
+Symbols in the formulas: T tokens of a rank's micro batch, D width, F expert hidden width, E experts, K experts a token,
+L layers, V vocabulary, P ranks that share a pool, N ranks in all, w bytes of a value in compute precision.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from math import comb
+from typing import Any
 
+from modeling.config import ModelConfig
 from trainer.config import Experiment
 from trainer.distributed import Layout
+from trainer.ds_config import is_bf16
 
 GIB = 2**30
+DEEPSPEED_BUCKET = 500_000_000
+"""Elements in a reduction bucket where the DeepSpeed JSON names none."""
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Bytes a rank holds and sends; sums of exact sizes, except activations, which are an upper estimate."""
+class Sharding:
+    """What memory and traffic depend on in a DeepSpeed JSON."""
+
+    bf16: bool = True
+    """Core, experts and activations in bf16; else fp32."""
+    stage: int = 2
+    """ZeRO stage, 1 or 2."""
+    offload: bool = False
+    """Optimizer state in host memory."""
+    bucket: int = DEEPSPEED_BUCKET
+    """Elements that one gradient reduction takes together."""
+    reduce_width: int = 4
+    """Bytes of a gradient on its way to other ranks."""
+
+    @staticmethod
+    def of(ds_config: dict[str, Any]) -> "Sharding":
+        """From a JSON that `load_ds_config` has checked."""
+        zero, bf16 = ds_config["zero_optimization"], is_bf16(ds_config)
+        return Sharding(
+            bf16=bf16,
+            stage=zero["stage"],
+            offload="offload_optimizer" in zero,
+            bucket=int(zero.get("reduce_bucket_size", DEEPSPEED_BUCKET)),
+            reduce_width=2 if bf16 and ds_config.get("communication_data_type") != "fp32" else 4,
+        )
+
+    @property
+    def width(self) -> int:
+        """Bytes of a value in compute precision."""
+        return 2 if self.bf16 else 4
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """How an experiment is spread over a cluster."""
+
+    layout: Layout
+    """EP size, micro batch, accumulation."""
+    ranks: int
+    """Ranks in all, N."""
+    ranks_per_node: int
+    """Consecutive ranks on one node; groups of `layout.ep_size` consecutive ranks share a pool."""
+    sharding: Sharding = Sharding()
+    """Precision and ZeRO stage."""
+    device: str = "cuda"
+    """`cuda`, or `cpu`, where attention runs in fp32."""
+    replicas: int = 0
+    """Extra copies of hot experts in a layer, over all ranks of a pool."""
+    imbalance: float = 1.0
+    """Rows at the busiest rank of a pool over the mean, in the worst layer."""
+    row_tokens: int | None = None
+    """Mean tokens in a row, padding to the longest of its micro batch included, for traffic and time; None =
+    model.max_seq_len. Memory counts the longest rows."""
+
+    @property
+    def ep_in_node(self) -> int:
+        """Ranks of a pool on one node."""
+        return min(self.layout.ep_size, self.ranks_per_node)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes at a rank's peak. Exact, except activations and exchange, which are estimates for a micro batch of full rows."""
 
     pool: int
-    """Frozen experts."""
+    """Frozen experts of all layers, with replicas."""
     core: int
-    """Trained parameters and gradients in compute precision, fp32 master and moments of this rank's shard."""
+    """Trained (and frozen) parameters outside the pool in compute precision, positions."""
+    gradients: int
+    """Accumulated gradients and DeepSpeed's reduction bucket."""
+    optimizer: int
+    """This rank's shard: fp32 master and two moments; 0 when offloaded."""
     activations: int
-    """Estimate for a micro batch of the longest sequences."""
-    exchange_per_step: int
-    """Sent to other ranks by dispatch and combine, forward and backward, if routing is even and batches are full."""
-    gradients_per_step: int
-    """All-reduce of fp32 gradients for every micro batch (as DeepSpeed's ZeRO-2 does it) and all-gather of parameters."""
-    keys_per_step: int
-    """Statistics of the key stores, all-reduced once a step."""
+    """What the backward needs, and the largest intermediate values beside it."""
+    exchange: int
+    """Copies of tokens on their way to and from experts in the layer that runs."""
+    keys: int
+    """Key stores and one step's sums for their update."""
+
+    @property
+    def total(self) -> int:
+        """All parts."""
+        return sum(parts(self).values())
 
 
-def make_plan(experiment: Experiment, layout: Layout, world_size: int, bf16: bool) -> Plan:
-    """The plan of one rank."""
-    model, some = experiment.model, experiment.model.some
-    has_some = model.channel_mixer == "some"
-    D, H, E, K, L, V = model.d_model, some.d_ffn, some.num_experts, some.top_k, model.num_layers, model.vocab_size
-    P, N, width = layout.ep_size, world_size, 2 if bf16 else 4
-    counts = model.num_parameters()
-    T = layout.micro_batch * model.max_seq_len
+@dataclass(frozen=True)
+class Sent:
+    """Bytes that a rank sends."""
 
-    # Kept for the backward per token and layer: residual, norms, qkv, attention and router inputs; h of its K rows.
-    mixer = width * (some.router_hidden * 2 + K * H) + 4 * 2 * E if has_some else width * 2 * (model.d_ffn or 0)
-    per_token = L * (width * 12 * D + 4 * 4 * D + mixer) + 3 * 4 * V
-    copies_elsewhere = distinct_ranks(K, P, E) * (P - 1) / P
-    tokens_per_step = T * layout.accumulation
-    # Inputs and partial sums, each with its gradient; gates (fp32) and their gradient; slots (int32).
-    row = 4 * width * D + 3 * 4 * K
-    ring = (N - 1) / N
-    return Plan(
-        pool=counts.frozen * width // (P if has_some else 1),
-        core=counts.trainable * 2 * width + 12 * counts.trainable // N,
-        activations=T * per_token,
-        exchange_per_step=int(has_some * L * tokens_per_step * copies_elsewhere * row),
-        gradients_per_step=int(counts.trainable * ring * (2 * 4 * layout.accumulation + width)),
-        keys_per_step=int(has_some * 2 * ring * L * 4 * (E * K + E * E + E * D + E)),
+    in_node: float = 0.0
+    """To ranks of its node."""
+    between_nodes: float = 0.0
+    """To ranks of other nodes."""
+
+    @property
+    def total(self) -> float:
+        """Both."""
+        return self.in_node + self.between_nodes
+
+    def times(self, factor: float) -> "Sent":
+        """`factor` times as much."""
+        return Sent(factor * self.in_node, factor * self.between_nodes)
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that a rank sends in one optimizer step."""
+
+    tokens: Sent
+    """Token exchange, forward and backward, at even usage of the experts and full batches."""
+    gradients: Sent
+    """Reduction of gradients and gathering of parameters."""
+    keys: Sent
+    """Sums for the update of the key stores."""
+
+    @property
+    def total(self) -> float:
+        """All parts."""
+        return sum(sent.total for sent in parts(self).values())
+
+
+def parts(record: Any) -> dict[str, Any]:
+    """Fields of a dataclass by name, in order."""
+    return {field.name: getattr(record, field.name) for field in fields(record)}
+
+
+def memory(experiment: Experiment, deployment: Deployment) -> Memory:
+    """What a rank holds at the peak of a step."""
+    model, some, how = experiment.model, experiment.model.some, deployment.sharding
+    D, E, K, L, P = model.d_model, some.num_experts, some.top_k, model.num_layers, deployment.layout.ep_size
+    w, N, counts, has_some = how.width, deployment.ranks, model.num_parameters(), model.channel_mixer == "some"
+    T = deployment.layout.micro_batch * model.max_seq_len
+    pooled = num_pool_parameters(model)
+
+    trained = counts.trainable
+    if how.stage == 1 or how.offload:
+        # Whole gradients until the last micro batch, then this rank's part in fp32.
+        gradients = w * trained + max(w * how.bucket, 4 * trained // N)
+    else:
+        # In fp32 DeepSpeed lists the parameters of its part beside their flat copy, on one rank they are the same.
+        gradients = (1 if how.bf16 else min(2, N)) * 4 * trained // N + 4 * how.bucket
+    # The sums of a step, and one more layer's pair counts while they are made (int64 and int32).
+    sums = L * 4 * (E * K + E * E + K * E * D + E) + 12 * E * E
+    return Memory(
+        pool=pooled * w // (P if has_some else 1) + L * -(-deployment.replicas // P) * some.num_expert_parameters() * w,
+        core=w * (counts.total - pooled) + 4 * model.max_seq_len * D,
+        gradients=gradients,
+        optimizer=0 if how.offload else 12 * trained // N,
+        activations=T * (saved_bytes_per_token(model, deployment) + _intermediate_bytes_per_token(model, w)),
+        exchange=int(T * _exchange_bytes_per_token(deployment, D, E, K, w)) if P > 1 else 0,
+        keys=has_some * (L * 4 * E * (D + 3) + sums),
     )
 
 
+def num_pool_parameters(model: ModelConfig) -> int:
+    """Parameters of all frozen experts of the model."""
+    if model.channel_mixer == "some":
+        return model.num_layers * model.some.num_experts * model.some.num_expert_parameters()
+    return model.num_layers * model.num_dense_parameters() if model.channel_mixer == "frozen_dense" else 0
+
+
+def saved_bytes_per_token(model: ModelConfig, deployment: Deployment) -> int:
+    """What autograd keeps of one token from the forward for the backward, all layers, at the busiest rank."""
+    D, V, L, some, w = model.d_model, model.vocab_size, model.num_layers, model.some, deployment.sharding.width
+    K, hidden = some.top_k, some.router_hidden
+    # Per block: the inputs of both norms, of qkv and of attention's output map; norm statistics.
+    nothing_reads = model.channel_mixer == "none" and not model.readout
+    block = (4 - nothing_reads) * D * w + 4 * w
+    # Fused attention keeps q, k, v, its output and one normaliser a head.
+    block += 4 * D * (4 if deployment.device == "cpu" else w) + 4 * model.num_heads
+    if model.channel_mixer == "some":
+        if some.routing == "learned":
+            # The query before normalisation and its norm; the mlp's activation before GELU. Trained maps keep their inputs.
+            block += 4 * D + 8 + hidden * w * (some.router == "mlp")
+            block += (D + hidden * (some.router == "mlp")) * w * some.train_router
+        # Queries in the order of real tokens wait for the key update; ids, gates and sorted rows.
+        block += 4 * D + 36 * K
+        block += int(K * some.d_ffn * w * deployment.imbalance)
+    elif model.channel_mixer == "dense":
+        block += (D + 2 * model.d_ffn) * w
+    elif model.channel_mixer == "frozen_dense":
+        block += model.d_ffn * w + 12
+    block += D * w * (model.input_map + 2 * model.readout)
+    final_norm = (D + 2) * w if model.norm_position == "pre" else 0
+    # The loss keeps its gradient with respect to the logits.
+    return L * block + final_norm + D * w + V * w + 8
+
+
+def _intermediate_bytes_per_token(model: ModelConfig, width: int) -> int:
+    """The largest values of one token that live besides what is saved: logits, or scores of all keys and their gradient."""
+    scores = 8 * model.some.num_experts if model.channel_mixer == "some" and model.some.routing == "learned" else 0
+    return max(model.vocab_size * width, scores)
+
+
+def _exchange_bytes_per_token(deployment: Deployment, D: int, E: int, K: int, width: int) -> float:
+    """Copies out and back (own ones too), those received with their fp32 sum, and the fp32 sum of what returns."""
+    copies = distinct_ranks(K, deployment.layout.ep_size, E)
+    received = min(copies * deployment.imbalance, deployment.layout.ep_size)
+    return 2 * copies * D * width + received * (2 * D * width + 4 * D) + 4 * D
+
+
+def traffic(experiment: Experiment, deployment: Deployment) -> Traffic:
+    """What a rank sends in one optimizer step."""
+    model, some, how = experiment.model, experiment.model.some, deployment.sharding
+    L, layout, trained = model.num_layers, deployment.layout, model.num_parameters().trainable
+    has_some = model.channel_mixer == "some"
+    tokens = layout.micro_batch * layout.accumulation * (deployment.row_tokens or model.max_seq_len)
+    per_token = exchange_per_token(some.top_k, some.num_experts, model.d_model, deployment)
+    reductions = layout.accumulation if how.stage == 2 else 1
+    # An all-gather is half of an all-reduce.
+    reduced = trained * (how.reduce_width * reductions + how.width / 2)
+    return Traffic(
+        tokens=per_token.times(has_some * L * tokens),
+        gradients=all_reduce(reduced, deployment),
+        keys=all_reduce(has_some * sum(key_sums_bytes(model)), deployment),
+    )
+
+
+def exchange_per_token(top_k: int, experts: int, width: int, deployment: Deployment) -> Sent:
+    """Expected bytes a token and layer, forward and backward, when every choice of experts is equally likely.
+
+    A token travels once to each rank that holds any of its experts, and each such rank is equally likely. With the counts of
+    copies that every rank tells the others (8 bytes each) left out, this is what a rank sends on average.
+    """
+    P = deployment.layout.ep_size
+    to_one_rank = distinct_ranks(top_k, P, experts) / P * bytes_per_copy(width, top_k, deployment.sharding.width)
+    near = deployment.ep_in_node
+    return Sent(in_node=(near - 1) * to_one_rank, between_nodes=(P - near) * to_one_rank)
+
+
+def bytes_per_copy(d_model: int, top_k: int, width: int) -> int:
+    """Bytes that one (token, rank) pair costs in one layer and step, both ways: the input, its partial sum and the gradients
+    of both in compute precision; slots (int32), gates (fp32) and their gradients."""
+    return 4 * width * d_model + 3 * 4 * top_k
+
+
 def distinct_ranks(top_k: int, ranks: int, experts: int) -> float:
-    """Expected number of ranks among which a token's K experts lie when every choice is equally likely."""
+    """Expected number of ranks among which a token's K experts lie when every choice is equally likely.
+
+    Each of `ranks` ranks holds `experts / ranks` of them (specs: hypergeometric).
+    """
     return ranks * (1 - comb(experts - experts // ranks, top_k) / comb(experts, top_k))
 
 
-def describe(experiment: Experiment, layout: Layout, world_size: int, bf16: bool) -> str:
+def key_sums_bytes(model: ModelConfig) -> tuple[int, int]:
+    """Bytes of the two all-reduces of a key update over all layers: counts and pairs, then query sums and gate mass."""
+    E, some = model.some.num_experts, model.some
+    per_layer = E * some.top_k + E * E, E * model.d_model + E
+    return 4 * model.num_layers * per_layer[0], 4 * model.num_layers * per_layer[1]
+
+
+def all_reduce(payload: float, deployment: Deployment) -> Sent:
+    """What a rank sends when `payload` bytes are summed over all ranks: inside nodes, then a part each between nodes.
+
+    The sum is the bound 2 (N - 1) / N * payload, which a ring over all ranks meets too.
+    """
+    near = min(deployment.ranks, deployment.ranks_per_node)
+    nodes = deployment.ranks / near
+    return Sent(2 * (near - 1) / near * payload, 2 * (nodes - 1) / nodes * payload / near)
+
+
+def describe(experiment: Experiment, deployment: Deployment) -> str:
     """The plan as text for `--dry_run`."""
-    plan, counts = make_plan(experiment, layout, world_size, bf16), experiment.model.num_parameters()
-    held = plan.pool + plan.core + plan.activations
+    counts, layout, model = experiment.model.num_parameters(), deployment.layout, experiment.model
+    held, sent = memory(experiment, deployment), traffic(experiment, deployment)
+    precision = "bf16" if deployment.sharding.bf16 else "fp32"
+    sizes = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts(held).items() if size)
     lines = [
-        f"experiment       {experiment.name}, {'bf16' if bf16 else 'fp32'}, {world_size} rank(s), EP size {layout.ep_size}",
+        f"experiment       {experiment.name}, {precision}, {deployment.ranks} rank(s), EP size {layout.ep_size}",
         f"parameters       {counts.total:,} total, {counts.trainable:,} trained, {counts.frozen:,} frozen",
-        f"global batch     {experiment.train.batch_size} sequences = {world_size} rank(s) x {layout.micro_batch} "
+        f"global batch     {experiment.train.batch_size} sequences = {deployment.ranks} rank(s) x {layout.micro_batch} "
         f"x {layout.accumulation} accumulation",
-        f"memory a rank    {held / GIB:.2f} GiB: pool {plan.pool / GIB:.2f}, core and optimizer {plan.core / GIB:.2f}, "
-        f"activations about {plan.activations / GIB:.2f} (micro batch of {experiment.model.max_seq_len} tokens a sequence)",
-        f"sent a step      {(plan.exchange_per_step + plan.gradients_per_step + plan.keys_per_step) / 1e6:,.1f} MB a rank: "
-        f"token exchange up to {plan.exchange_per_step / 1e6:,.1f}, gradients and parameters "
-        f"{plan.gradients_per_step / 1e6:,.1f}, key statistics {plan.keys_per_step / 1e6:,.1f}",
+        f"memory a rank    {held.total / GIB:.2f} GiB: {sizes} (rows of {model.max_seq_len} tokens)",
+        f"sent a step      {sent.total / 1e6:,.1f} MB a rank: token exchange {sent.tokens.total / 1e6:,.1f}, gradients and "
+        f"parameters {sent.gradients.total / 1e6:,.1f}, key statistics {sent.keys.total / 1e6:,.1f}",
     ]
     return "\n".join(lines)

@@ -55,7 +55,7 @@ from trainer.engine import Engine, check_zero_section
 from trainer.generate import generate
 from trainer.loop import Trainer
 from trainer.metrics import RunLog
-from trainer.plan import describe
+from trainer.plan import Deployment, Sharding, describe
 from trainer.published import published_ids, published_results
 from trainer.runfolder import set_aside, write_config
 
@@ -138,7 +138,7 @@ def run(arguments: argparse.Namespace, launch: Launch) -> None:
     job = decide(arguments, launch)
     if arguments.dry_run:
         if launch.rank == 0:
-            print(describe(job.experiment, job.layout, launch.world_size, is_bf16(job.ds_config)))
+            print(describe(job.experiment, deployment(job)))
         return
     launch.export()
     check_gpus(launch)
@@ -191,6 +191,17 @@ def decide(arguments: argparse.Namespace, launch: Launch) -> Job:
                 f"or give another --output_dir to go on from {checkpoint}"
             )
     return Job(experiment, launch, layout, ds_config, output_dir, state, checkpoint, saved)
+
+
+def deployment(job: Job) -> Deployment:
+    """How the job is spread over the cluster, as the cost model sees it."""
+    return Deployment(
+        layout=job.layout,
+        ranks=job.launch.world_size,
+        ranks_per_node=job.launch.local_world_size,
+        sharding=Sharding.of(job.ds_config),
+        device="cuda" if torch.cuda.is_available() else "cpu",
+    )
 
 
 def is_done(job: Job, max_steps: int | None) -> bool:

@@ -1,0 +1,219 @@
+"""Every way to run an experiment on a cluster, with what it holds, sends and takes; the best one, and why."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from trainer.cluster import Machine
+from trainer.config import Experiment
+from trainer.cost import StepTime, step_time
+from trainer.distributed import Launch, Layout
+from trainer.plan import GIB, Deployment, Memory, Sharding, Traffic, memory, parts, traffic
+from trainer.usage import imbalance
+
+EXTRA_SLOTS = (1, 2)
+"""Copies of hot experts that are tried, in slots a rank and layer."""
+EQUAL = 1.01
+"""Times this close count as equal, and the plainest way (smaller EP size, contiguous, fewer replicas) goes first."""
+NAMED_PARTS = 3
+"""Most parts of a step that a comparison names."""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Ranks, what they are, and what they compute with."""
+
+    machine: Machine
+    """One node."""
+    nodes: int
+    """Nodes."""
+    ranks_per_node: int
+    """Ranks used on each."""
+    sharding: Sharding
+    """Precision and ZeRO stage."""
+    row_tokens: int | None = None
+    """Mean tokens in a row; None = model.max_seq_len."""
+
+    @property
+    def ranks(self) -> int:
+        """Ranks in all."""
+        return self.nodes * self.ranks_per_node
+
+
+@dataclass(frozen=True)
+class Option:
+    """One way to run it."""
+
+    deployment: Deployment
+    placement: str
+    memory: Memory
+    traffic: Traffic
+    time: StepTime
+    tokens_per_step: int
+    fits: bool
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Over all ranks."""
+        return self.tokens_per_step / self.time.total
+
+    @property
+    def family(self) -> tuple[int, str, int]:
+        """What it is without its micro batch."""
+        return self.deployment.layout.ep_size, self.placement, self.deployment.replicas
+
+    def settings(self) -> list[str]:
+        """The --set that trainer/run.py needs for it."""
+        layout, extra = self.deployment.layout, []
+        if self.placement != "contiguous":
+            extra = [f"parallel.placement={self.placement}"]
+        if self.deployment.replicas:
+            extra.append(f"parallel.replicas={self.deployment.replicas}")
+        return [f"parallel.ep_size={layout.ep_size}", f"train.max_micro_batch={layout.micro_batch}", *extra]
+
+
+def as_it_stands(experiment: Experiment, cluster: Cluster, usage_LE: np.ndarray) -> Option:
+    """What trainer/run.py would do without further settings.
+
+    Raises:
+        ValueError: a batch or an EP size that does not divide over the ranks.
+    """
+    launch = Launch(0, cluster.ranks, 0, cluster.ranks_per_node)
+    return evaluate(experiment, cluster, usage_LE, Layout.of(experiment, launch), "contiguous", 0)
+
+
+def all_options(experiment: Experiment, cluster: Cluster, usage_LE: np.ndarray) -> list[Option]:
+    """Every EP size (unless the experiment names one), placement, number of replicas and micro batch; best first, what does
+    not fit last."""
+    found = sorted(
+        (
+            evaluate(experiment, cluster, usage_LE, Layout(ep_size, micro, share // micro), placement, replicas)
+            for share in [experiment.train.batch_size // cluster.ranks]
+            for ep_size in ep_sizes(experiment, cluster)
+            for placement, replicas in _placements(ep_size, usage_LE)
+            for micro in divisors(share)
+        ),
+        key=_order,
+    )
+    equals = [option for option in found if option.fits and option.time.total <= EQUAL * found[0].time.total]
+    best = min(equals, key=_plainness, default=found[0])
+    return [best, *(option for option in found if option is not best)]
+
+
+def evaluate(
+    experiment: Experiment, cluster: Cluster, usage_LE: np.ndarray, layout: Layout, placement: str, replicas: int
+) -> Option:
+    """One way, with all its figures."""
+    loads = [imbalance(usage_E, layout.ep_size, placement, replicas) for usage_E in usage_LE]
+    how = Deployment(
+        layout=layout,
+        ranks=cluster.ranks,
+        ranks_per_node=cluster.ranks_per_node,
+        sharding=cluster.sharding,
+        device=cluster.machine.device,
+        replicas=replicas,
+        imbalance=max(loads),
+        row_tokens=cluster.row_tokens,
+    )
+    held = memory(experiment, how)
+    # All layers add to the time of a step; the worst one decides what has to be held.
+    averaged = replace(how, imbalance=sum(loads) / len(loads))
+    return Option(
+        deployment=how,
+        placement=placement,
+        memory=held,
+        traffic=traffic(experiment, how),
+        time=step_time(experiment, averaged, cluster.machine, usage_LE),
+        tokens_per_step=experiment.train.batch_size * (cluster.row_tokens or experiment.model.max_seq_len),
+        fits=held.total <= cluster.machine.usable,
+    )
+
+
+def ep_sizes(experiment: Experiment, cluster: Cluster) -> list[int]:
+    """The EP sizes that this number of ranks and experts allows."""
+    asked, model = experiment.parallel.ep_size, experiment.model
+    if model.channel_mixer != "some":
+        return [1]
+    if asked != "auto":
+        return [asked]
+    return [size for size in divisors(cluster.ranks) if model.some.num_experts % size == 0]
+
+
+def divisors(number: int) -> list[int]:
+    """All of them, ascending."""
+    return [size for size in range(1, number + 1) if number % size == 0]
+
+
+def _placements(ep_size: int, usage_LE: np.ndarray) -> Iterator[tuple[str, int]]:
+    """Contiguous and balanced, and replicas as far as each more lowers the load of the busiest rank."""
+    yield "contiguous", 0
+    if ep_size == 1:
+        return
+    least = float("inf")
+    for extra in (0, *EXTRA_SLOTS):
+        load = sum(imbalance(usage_E, ep_size, "balanced", extra * ep_size) for usage_E in usage_LE)
+        if load < least:
+            yield "balanced", extra * ep_size
+        least = min(least, load)
+
+
+def _order(option: Option) -> tuple:
+    """Faster first among those that fit, smaller first among those that do not."""
+    size, seconds = option.memory.total, option.time.total
+    return (not option.fits, seconds if option.fits else size, size)
+
+
+def _plainness(option: Option) -> tuple:
+    ep_size, placement, replicas = option.family
+    return ep_size, placement != "contiguous", replicas, option.time.total
+
+
+def best_of_each(options: list[Option]) -> list[Option]:
+    """Of options in order, the first of every (EP size, placement, replicas)."""
+    first: dict[tuple[int, str, int], Option] = {}
+    for option in options:
+        first.setdefault(option.family, option)
+    return list(first.values())
+
+
+def largest_difference(option: Option, best: Option) -> str:
+    """How much longer an option takes than the best, and the parts of the step that differ most."""
+    if max(option.time.total, best.time.total) <= EQUAL * min(option.time.total, best.time.total):
+        return "as fast"
+    theirs, ours = parts(option.time), parts(best.time)
+    more = {name: theirs[name] - ours[name] for name in theirs}
+    most = sorted(more, key=lambda name: -abs(more[name]))[:NAMED_PARTS]
+    # A part that is a twentieth of the largest or less explains nothing.
+    named = [f"{name} {1e3 * more[name]:+,.1f}" for name in most if abs(more[name]) > 0.05 * abs(more[most[0]])]
+    return f"{1e3 * (option.time.total - best.time.total):+,.1f} ms: {', '.join(named)}"
+
+
+def why(options: list[Option], machine: Machine) -> str:
+    """In words, why the first option is the best."""
+    best, usable = options[0], machine.usable / GIB
+    families = best_of_each(options)
+    alone = next((option for option in families if option.family[0] == 1), None)
+    ep_size, pool = best.family[0], best.memory.pool / GIB
+    if not best.fits:
+        least = best.memory.total / GIB
+        part = max(parts(best.memory), key=parts(best.memory).get)
+        return (
+            f"nothing fits: the smallest needs {least:,.1f} GiB a rank of {usable:,.1f} usable, most of it {part}; take "
+            f"more ranks, fewer experts or shorter rows"
+        )
+    if ep_size == 1:
+        others = [option for option in families if option.family[0] > 1]
+        reason = f"the pool fits: {pool:,.2f} GiB on every rank of {usable:,.1f} usable, so no token has to travel"
+        if not others:
+            return reason if pool else "there is no pool to share"
+        fitting = [option for option in others if option.fits]
+        return reason + (f"; the next EP size takes {largest_difference(fitting[0], best)}" if fitting else "")
+    if alone is None:
+        return f"the experiment asks for EP size {ep_size}"
+    if not alone.fits:
+        return f"EP 1 does not fit ({alone.memory.total / GIB:,.1f} GiB a rank of {usable:,.1f} usable)"
+    return (
+        f"EP 1 fits too, but a rank would run {ep_size}x more experts of {ep_size}x fewer rows, which costs more than the "
+        f"exchange, {largest_difference(alone, best)}"
+    )

@@ -1,0 +1,86 @@
+"""How often experts are used, and how unevenly that loads the ranks that share them.
+
+Shapes: L layers, E experts, P ranks that share a pool.
+"""
+
+import re
+from pathlib import Path
+
+import numpy as np
+from safetensors import safe_open
+
+from trainer.checkpoint import KEYS, find_checkpoint, read_state
+
+PLACEMENTS = ("contiguous", "balanced")
+
+
+def read_usage(text: str, num_layers: int, num_experts: int, top_k: int) -> np.ndarray:
+    """(L, E) float64, each layer's shares of all choices; rows sum to 1 and no share is above 1 / top_k.
+
+    Args:
+        text: `zipf:S` (the r-th most used expert is chosen in proportion to r^-S; 0 = evenly) or a run's folder, whose last
+            checkpoint tells how its key stores were used.
+        num_layers: L.
+        num_experts: E.
+        top_k: experts a token.
+
+    Raises:
+        ValueError: not such a text, a negative exponent, or a checkpoint of other sizes or without usage.
+    """
+    match = re.fullmatch(r"zipf:(\d+\.?\d*)", text)
+    if match:
+        weights_E = np.arange(1, num_experts + 1) ** -float(match[1])
+        # An expert's number says nothing of its rank: every layer has its own fixed order.
+        generator = np.random.default_rng(0)
+        return np.stack([at_most_once_a_token(generator.permutation(weights_E), top_k) for _ in range(num_layers)])
+    if text.startswith("zipf"):
+        raise ValueError(f"--usage {text}: write it as zipf:0.6, an exponent from 0 up")
+    folder = Path(text)
+    checkpoint = find_checkpoint(text, folder) if folder.is_dir() else None
+    if checkpoint is None:
+        raise ValueError(f"--usage {text}: no such run; give zipf:0.6 or a run's folder with a checkpoint")
+    state = read_state(checkpoint)
+    with safe_open(checkpoint / KEYS, framework="np") as file:
+        layers = sum(name.endswith("/usage") for name in file.keys())
+        usage = [file.get_tensor(f"{layer}/usage").astype(np.float64) for layer in range(layers)]
+    if len(usage) != num_layers or len(usage[0]) != num_experts:
+        held = f"{len(usage)} layers of {len(usage[0]) if usage else 0} experts"
+        raise ValueError(f"--usage {text}: holds {held}, the plan is for {num_layers} of {num_experts}; give another run")
+    if any(usage_E.sum() == 0 for usage_E in usage):
+        raise ValueError(f"--usage {text}: no token was counted at step {state.step}; give a run that has trained")
+    return np.stack([at_most_once_a_token(usage_E, top_k) for usage_E in usage])
+
+
+def at_most_once_a_token(weights_E: np.ndarray, top_k: int) -> np.ndarray:
+    """(E,) shares in proportion to the weights, but none above 1 / top_k: a token's experts are distinct."""
+    shares_E, full_E = weights_E / weights_E.sum(), np.zeros(len(weights_E), dtype=bool)
+    while (shares_E > (1 + 1e-12) / top_k).any():
+        full_E |= shares_E >= 1 / top_k
+        rest_E = np.where(full_E, 0, weights_E)
+        left = 1 - full_E.sum() / top_k
+        # With fewer used experts than top_k, unused ones share what is left.
+        rest_E = rest_E if rest_E.sum() > 0 else np.where(full_E, 0.0, 1.0)
+        shares_E = np.where(full_E, 1 / top_k, left * rest_E / max(rest_E.sum(), 1e-300))
+    return shares_E
+
+
+def imbalance(shares_E: np.ndarray, ranks: int, placement: str, replicas: int) -> float:
+    """Rows at the busiest rank over the mean.
+
+    contiguous: exact, for experts in blocks by number. balanced: the bound max(1, hottest share * P / (1 + its copies)),
+    which no placement can beat; longest-processing-time packing comes close to it where a rank holds many experts (field
+    measurement: 1.08 against 1.00 for Zipf(0.6), 128 experts on 8 ranks).
+
+    Args:
+        shares_E: (E,) shares of all choices, summing to 1.
+        ranks: P.
+        placement: `contiguous` or `balanced`.
+        replicas: extra copies, each given to the expert whose copies are busiest.
+    """
+    if placement == "contiguous":
+        return float(shares_E.reshape(ranks, -1).sum(1).max() * ranks)
+    copies_E = np.ones(len(shares_E))
+    for _ in range(replicas):
+        # More copies than ranks serve nobody.
+        copies_E[np.where(copies_E < ranks, shares_E / copies_E, -1.0).argmax()] += 1
+    return float(max(1.0, (shares_E / copies_E).max() * ranks))
