@@ -18,7 +18,7 @@ class Plan:
     """Bytes a rank holds and sends; sums of exact sizes, except activations, which are an upper estimate."""
 
     pool: int
-    """Frozen experts."""
+    """Frozen experts, with the replicas (`auto`: one a rank, which is the most it takes)."""
     core: int
     """Trained parameters and gradients in compute precision, fp32 master and moments of this rank's shard."""
     activations: int
@@ -48,14 +48,21 @@ def make_plan(experiment: Experiment, layout: Layout, world_size: int, bf16: boo
     # Inputs and partial sums, each with its gradient; gates (fp32) and their gradient; slots (int32).
     row = 4 * width * D + 3 * 4 * K
     ring = (N - 1) / N
+    slots = -(-(E + _replicas(experiment, P)) // P)
     return Plan(
-        pool=counts.frozen * width // (P if has_some else 1),
+        pool=width * (L * slots * some.num_expert_parameters() if has_some else counts.frozen),
         core=counts.trainable * 2 * width + 12 * counts.trainable // N,
         activations=T * per_token,
         exchange_per_step=int(has_some * L * tokens_per_step * copies_elsewhere * row),
         gradients_per_step=int(counts.trainable * ring * (2 * 4 * layout.accumulation + width)),
         keys_per_step=int(has_some * 2 * ring * L * 4 * (E * K + E * E + E * D + E)),
     )
+
+
+def _replicas(experiment: Experiment, ranks: int) -> int:
+    """Most replicas that a layer may have."""
+    replicas = experiment.parallel.replicas
+    return replicas if replicas != "auto" else ranks if ranks > 1 else 0
 
 
 def distinct_ranks(top_k: int, ranks: int, experts: int) -> float:

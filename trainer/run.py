@@ -229,7 +229,8 @@ def prepare_trainer(job: Job, data_folder: Path, device: torch.device) -> Traine
     dataset = job.complete(data_folder)
     pool_dtype = torch.bfloat16 if is_bf16(job.ds_config) else torch.float32
     ep_group = expert_parallel_group(job.layout.ep_size, experiment.parallel.timeout_minutes)
-    model = build_model(experiment.model, experiment.seed, ep_group, pool_dtype, device)
+    chunks = experiment.parallel.chunks
+    model = build_model(experiment.model, experiment.seed, ep_group, pool_dtype, device, chunks)
     engine = Engine(model, experiment.train, job.ds_config, show_log=experiment.log.deepspeed)
     state = job.state
     if job.saved is not None:
