@@ -29,6 +29,7 @@ class ChannelMixer(nn.Module):
         ep_group: ranks that share one copy of the expert pool.
         pool_dtype: dtype of frozen weights.
         device: where they are kept.
+        exchange_chunks: parts in which tokens are sent to other ranks.
     """
 
     def __init__(
@@ -39,12 +40,13 @@ class ChannelMixer(nn.Module):
         ep_group: dist.ProcessGroup | None,
         pool_dtype: torch.dtype,
         device: torch.device | str,
+        exchange_chunks: int = 1,
     ):
         super().__init__()
         D, kind = config.d_model, config.channel_mixer
         self.some = self.dense = self.frozen = None
         if kind == "some":
-            self.some = SoMELayer(config.some, layer, seed, ep_group, pool_dtype, device)
+            self.some = SoMELayer(config.some, layer, seed, ep_group, pool_dtype, device, exchange_chunks)
         elif kind == "dense":
             self.dense = nn.Sequential(nn.Linear(D, config.d_ffn), nn.GELU(), nn.Linear(config.d_ffn, D))
         elif kind == "frozen_dense":

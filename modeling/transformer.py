@@ -158,6 +158,7 @@ def build_model(
     ep_group: dist.ProcessGroup | None = None,
     pool_dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
+    exchange_chunks: int = 1,
 ) -> Transformer:
     """A model with this rank's share of the frozen experts; the same trained values on every rank.
 
@@ -167,11 +168,15 @@ def build_model(
         ep_group: ranks that share one copy of each layer's pool; None = all experts on this rank.
         pool_dtype: dtype of the frozen experts (the trained core is made in fp32).
         device: where everything is kept.
+        exchange_chunks: parts in which a rank's tokens are sent to other ranks, so that sending and computing overlap.
     """
     # Linear and embedding layers draw from the global generator: seed it for the draw and put it back.
     with torch.random.fork_rng(devices=[]):
         # Two draws, so that models that differ in their channel mixers alone share every other value.
         torch.manual_seed(derive_seed(seed, "mixers"))
-        mixers = [ChannelMixer(config, layer, seed, ep_group, pool_dtype, device) for layer in range(config.num_layers)]
+        mixers = [
+            ChannelMixer(config, layer, seed, ep_group, pool_dtype, device, exchange_chunks)
+            for layer in range(config.num_layers)
+        ]
         torch.manual_seed(derive_seed(seed, "core"))
         return Transformer(config, mixers).to(device)

@@ -9,7 +9,7 @@ from trainer.cluster import Machine
 from trainer.config import Experiment
 from trainer.cost import StepTime, step_time
 from trainer.distributed import Launch, Layout
-from trainer.plan import GIB, Deployment, Memory, Sharding, Traffic, memory, parts, traffic
+from trainer.plan import GIB, Deployment, Memory, Sharding, Traffic, memory, most_replicas, parts, traffic
 from trainer.usage import imbalance
 
 EXTRA_SLOTS = (1, 2)
@@ -80,7 +80,9 @@ def as_it_stands(experiment: Experiment, cluster: Cluster, usage_LE: np.ndarray)
         ValueError: a batch or an EP size that does not divide over the ranks.
     """
     launch = Launch(0, cluster.ranks, 0, cluster.ranks_per_node)
-    return evaluate(experiment, cluster, usage_LE, Layout.of(experiment, launch), "contiguous", 0)
+    layout = Layout.of(experiment, launch)
+    replicas = most_replicas(experiment, layout.ep_size)
+    return evaluate(experiment, cluster, usage_LE, layout, experiment.parallel.placement, replicas)
 
 
 def all_options(experiment: Experiment, cluster: Cluster, usage_LE: np.ndarray) -> list[Option]:

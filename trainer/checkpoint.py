@@ -70,6 +70,10 @@ class RunState:
     """Updates applied to each layer's key store."""
     optimizer_steps: int = 0
     """Steps applied by AdamW."""
+    placement: list[list[list[int]]] | None = None
+    """For each layer and rank of a group the experts it holds; None = contiguous. No number depends on it but in the last
+    bits: it decides in what order a token's experts are added, so a restart on the same ranks needs it to be bitwise. A
+    plan cannot be made again from the key stores, which have moved on since, and it depends on the plan before."""
     format: str = FORMAT
     """Format of the folder."""
 

@@ -107,6 +107,18 @@ class ParallelConfig:
     ep_size: int | str = "auto"
     """Ranks that share one copy of the expert pool. `auto`: the largest number that divides a node's ranks and the experts;
     1: the whole pool on every rank."""
+    chunks: int = 1
+    """Parts in which a rank's tokens travel to the experts of other ranks and back, so that one is on its way while another
+    computes. More hide more of the network's time but make smaller products."""
+    placement: str = "contiguous"
+    """Which rank of a group holds which experts: `contiguous` (equal blocks of ids) or `balanced` (by how much they are
+    used, re-planned during the run; the same thing where ep_size is 1)."""
+    replicas: int | str = 0
+    """With `balanced`: copies of the most used experts of a layer, beyond one each, over all ranks of a group. `auto`:
+    as few as bring the busiest rank's load to 1.1 of the mean, at most one a rank. A copy takes the memory of an expert."""
+    replan_every: int = 100
+    """With `balanced`: steps between plans; 0: the run keeps the placement that it starts with (contiguous, or its
+    checkpoint's). A layer changes only where its busiest rank has over 1.1 times the mean load and gains 5 percent."""
     check_every: int = 100
     """Steps between comparisons of the key stores over ranks."""
     timeout_minutes: float = 30
@@ -117,6 +129,18 @@ class ParallelConfig:
             raise ValueError(f"parallel.ep_size = {self.ep_size!r} must be a number of ranks or auto")
         if not isinstance(self.ep_size, str):
             _positive("parallel.ep_size", self.ep_size)
+        _positive("parallel.chunks", self.chunks)
+        if self.placement not in ("contiguous", "balanced"):
+            raise ValueError(f"parallel.placement = {self.placement!r} is not one of: contiguous, balanced")
+        if self.replicas != "auto" and (isinstance(self.replicas, str) or self.replicas < 0):
+            raise ValueError(f"parallel.replicas = {self.replicas!r} must be a number of experts, 0 or more, or auto")
+        if self.replicas != 0 and self.placement != "balanced":
+            raise ValueError(
+                f"parallel.replicas = {self.replicas} has no effect with parallel.placement = {self.placement}; "
+                f"set parallel.placement=balanced or parallel.replicas=0"
+            )
+        if self.replan_every < 0:
+            raise ValueError(f"parallel.replan_every = {self.replan_every} must be a number of steps, or 0 for never")
         _positive("parallel.check_every", self.check_every)
         _positive("parallel.timeout_minutes", self.timeout_minutes)
 

@@ -11,15 +11,16 @@ import numpy as np
 from modeling.config import ModelConfig
 from trainer.cluster import Machine
 from trainer.config import Experiment
-from trainer.plan import Deployment, parts, saved_bytes_per_token, traffic
+from trainer.plan import Deployment, expert_bytes, parts, saved_bytes_per_token, traffic
 
 PASSES = 2
 """Times that an expert's weights are read in a micro batch: forward, and backward for the input's gradient alone."""
 TOUCHES = 4
 """Times that a saved value's bytes cross memory outside of products: written, read by what follows, read in the backward,
 and a gradient of its size written."""
-EXCHANGES = 8
-"""All-to-alls of a layer and micro batch: counts, slots, inputs, gates, partial sums; gradients of the last three."""
+EXCHANGES = 7
+"""All-to-alls of a layer and micro batch: counts, slots with gates, inputs, partial sums; gradients of the sums, inputs and
+gates."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ def _experts(
     rate_LE = machine.flops(how.bf16) * share(machine, np.maximum(rows_LE / np.maximum(active_LE, 1e-12), 1.0))
     products = deployment.imbalance * float((rows_LE * _expert_flops(model) / rate_LE).sum()) / P
     active = float(active_LE.sum()) / P
-    read = active * PASSES * some.num_expert_parameters() * how.width
+    read = active * PASSES * expert_bytes(model, how.width)
     return products, read / (1e9 * machine.memory_gb_s), active
 
 

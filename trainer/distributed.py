@@ -95,9 +95,10 @@ class Layout:
         """The layout of `experiment` on this job's ranks.
 
         Raises:
-            ValueError: a batch or an ep_size that does not divide, with the nearest that do.
+            ValueError: a batch or an ep_size that does not divide, with the nearest that do, or replicas without room.
         """
         ep_size = _ep_size(experiment, launch)
+        _check_replicas(experiment, ep_size)
         batch, world = experiment.train.batch_size, launch.world_size
         if batch % world:
             nearest = sorted({max(world, batch // world * world), (batch // world + 1) * world})
@@ -124,6 +125,19 @@ def _ep_size(experiment: Experiment, launch: Launch) -> int:
         )
     Placement.contiguous(experts, asked)
     return asked
+
+
+def _check_replicas(experiment: Experiment, ep_size: int) -> None:
+    """A rank holds an expert at most once, so a group has room for ep_size - 1 copies of each besides the first."""
+    replicas, room = experiment.parallel.replicas, experiment.model.some.num_experts * (ep_size - 1)
+    if replicas == "auto" or replicas <= room:
+        return
+    if ep_size == 1:
+        raise ValueError(
+            f"parallel.replicas = {replicas} has no effect where parallel.ep_size is 1 and every rank holds all experts; "
+            f"set parallel.replicas=0 or auto, or parallel.ep_size to 2 or more"
+        )
+    raise ValueError(f"parallel.replicas = {replicas} is more than {ep_size} ranks can hold; set it between 0 and {room}")
 
 
 def check_gpus(launch: Launch) -> None:

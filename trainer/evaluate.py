@@ -61,7 +61,7 @@ def evaluate(
         "nats_per_story": nats / sequences.num_documents,
         "bits_per_byte": nats / math.log(2) / int(sequences.num_bytes.sum()),
         "val_tokens": int(tokens),
-        "layers": meter.result([layer.placement.rank_of_E for layer in model.some_layers]),
+        "layers": meter.result([layer.placement for layer in model.some_layers]),
     }
 
 

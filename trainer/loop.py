@@ -22,6 +22,7 @@ from trainer.engine import Engine, StepResult
 from trainer.evaluate import evaluate
 from trainer.memory import FreedMemory
 from trainer.metrics import RunLog, accumulate_statistics
+from trainer.placement import begin_placement, replan_if_due
 from trainer.schedule import learning_rate
 
 
@@ -66,11 +67,13 @@ class Trainer:
             accumulation=self.layout.accumulation,
             precision=self.state.precision,
         )
+        self._report_plan(begin_placement(self.engine.model.some_layers, self.experiment.parallel, self.state))
         self.console.begin(self.state.step, stop)
         if self.state.step == 0:
             self._evaluate()
         while self.state.step < stop:
             self._step()
+            self._report_plan(replan_if_due(self.engine.model.some_layers, self.experiment.parallel, self.state))
             step, is_last = self.state.step, self.state.step == stop
             if step % self.experiment.parallel.check_every == 0 or is_last:
                 check_key_stores(self.stores, step)
@@ -155,6 +158,17 @@ class Trainer:
                 seconds=seconds,
                 skipped=self.state.skipped,
             )
+
+    def _report_plan(self, plan: dict | None) -> None:
+        if plan is None:
+            return
+        step, layers = self.state.step, plan["layers"]
+        self._record("placement", step=step, **plan)
+        before, after = (max(layer[f"load_{when}"] for layer in layers) for when in ("before", "after"))
+        self.console.say(
+            f"step {step}: {plan['moved']} experts moved in {plan['seconds']:.1f} s; busiest rank of any layer has "
+            f"{after:.2f} of the mean load instead of {before:.2f}"
+        )
 
     def _evaluate(self) -> bool:
         """Measure on the validation split; whether it is the best so far."""

@@ -1,6 +1,6 @@
 """What a run measures of itself, and where it writes it.
 
-Shapes: E experts, K experts a token, L SoME layers, P ranks that share a pool.
+Shapes: E experts, K experts a token, L SoME layers.
 """
 
 import json
@@ -13,6 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from modeling.some import KeyStatistics, KeyStore, Routing
+from modeling.some.placement import Placement
 
 
 def gini(usage_E: torch.Tensor) -> float:
@@ -56,21 +57,16 @@ class RoutingMeter:
             largest_T = record.gates_TK[real_T].amax(-1)
             self._gates[layer] += torch.stack([largest_T.double().sum(), real_T.sum()])
 
-    def result(self, ranks_of_experts: list[torch.Tensor]) -> list[dict[str, float]]:
-        """One record a layer, from the sums over all ranks; a collective.
-
-        Args:
-            ranks_of_experts: per layer (E,) int64, the rank of the group that serves each expert.
-        """
+    def result(self, placements: list[Placement]) -> list[dict[str, float]]:
+        """One record a layer, from the sums over all ranks and where the layer's experts lie; a collective."""
         for layer, stats in enumerate(self._statistics):
             for sums in (stats.counts_EK, stats.pairs_EE, self._routed[layer], self._squares[layer], self._gates[layer]):
                 dist.all_reduce(sums)
-        return [self._layer(layer, ranks_of_experts[layer]) for layer in range(len(self.stores))]
+        return [self._layer(layer, placements[layer]) for layer in range(len(self.stores))]
 
-    def _layer(self, layer: int, rank_of_E: torch.Tensor) -> dict[str, float]:
+    def _layer(self, layer: int, placement: Placement) -> dict[str, float]:
         store, stats, routed_E = self.stores[layer], self._statistics[layer], self._routed[layer]
         counts_E, (E, K) = stats.counts_EK.sum(1).long(), stats.counts_EK.shape
-        load_P = torch.zeros(int(rank_of_E.max()) + 1, dtype=torch.int64).index_add_(0, rank_of_E.cpu(), counts_E.cpu())
         unit_ED = F.normalize(store.keys, dim=-1)
         pair_total = int(stats.pairs_EE.sum())
         output, residual = self._squares[layer].tolist()
@@ -92,7 +88,7 @@ class RoutingMeter:
             "usage_entropy_bits": entropy_bits(store.usage),
             "effective_experts": 2**entropy,
             "experts_used": int((counts_E > 0).sum()),
-            "load_max_over_mean": float(load_P.max() / load_P.double().mean().clamp(min=1e-9)),
+            "load_max_over_mean": placement.max_over_mean(counts_E.tolist()),
             "output_over_residual": math.sqrt(output / residual) if residual else 0.0,
             "coselected_cosine": float((stats.pairs_EE * (unit_ED @ unit_ED.T)).sum() / pair_total) if pair_total else 0.0,
             "largest_gate": gates / tokens if tokens else 0.0,

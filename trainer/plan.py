@@ -153,7 +153,7 @@ def memory(experiment: Experiment, deployment: Deployment) -> Memory:
     D, E, K, L, P = model.d_model, some.num_experts, some.top_k, model.num_layers, deployment.layout.ep_size
     w, N, counts, has_some = how.width, deployment.ranks, model.num_parameters(), model.channel_mixer == "some"
     T = deployment.layout.micro_batch * model.max_seq_len
-    pooled = num_pool_parameters(model)
+    pooled, expert = num_pool_parameters(model), expert_bytes(model, w)
 
     trained = counts.trainable
     if how.stage == 1 or how.offload:
@@ -165,7 +165,7 @@ def memory(experiment: Experiment, deployment: Deployment) -> Memory:
     # The sums of a step, and one more layer's pair counts while they are made (int64 and int32).
     sums = L * 4 * (E * K + E * E + K * E * D + E) + 12 * E * E
     return Memory(
-        pool=pooled * w // (P if has_some else 1) + L * -(-deployment.replicas // P) * some.num_expert_parameters() * w,
+        pool=L * -(-(E + deployment.replicas) // P) * expert if has_some else pooled * w,
         core=w * (counts.total - pooled) + 4 * model.max_seq_len * D,
         gradients=gradients,
         optimizer=0 if how.offload else 12 * trained // N,
@@ -180,6 +180,19 @@ def num_pool_parameters(model: ModelConfig) -> int:
     if model.channel_mixer == "some":
         return model.num_layers * model.some.num_experts * model.some.num_expert_parameters()
     return model.num_layers * model.num_dense_parameters() if model.channel_mixer == "frozen_dense" else 0
+
+
+def expert_bytes(model: ModelConfig, width: int) -> int:
+    """What one expert of a SoME layer takes: biases in compute precision, matrices too or, on a grid, one byte a weight."""
+    some = model.some
+    biases = model.d_model + some.d_ffn
+    return width * biases + (1 if some.expert_grid == "int8" else width) * (some.num_expert_parameters() - biases)
+
+
+def most_replicas(experiment: Experiment, ep_size: int) -> int:
+    """Most replicas that a layer may have; `auto` takes up to one a rank."""
+    replicas = experiment.parallel.replicas
+    return replicas if replicas != "auto" else ep_size if ep_size > 1 else 0
 
 
 def saved_bytes_per_token(model: ModelConfig, deployment: Deployment) -> int:

@@ -55,7 +55,7 @@ from trainer.engine import Engine, check_zero_section
 from trainer.generate import generate
 from trainer.loop import Trainer
 from trainer.metrics import RunLog
-from trainer.plan import Deployment, Sharding, describe
+from trainer.plan import Deployment, Sharding, describe, most_replicas
 from trainer.published import published_ids, published_results
 from trainer.runfolder import set_aside, write_config
 
@@ -201,6 +201,7 @@ def deployment(job: Job) -> Deployment:
         ranks_per_node=job.launch.local_world_size,
         sharding=Sharding.of(job.ds_config),
         device="cuda" if torch.cuda.is_available() else "cpu",
+        replicas=most_replicas(job.experiment, job.layout.ep_size),
     )
 
 
@@ -240,7 +241,8 @@ def prepare_trainer(job: Job, data_folder: Path, device: torch.device) -> Traine
     dataset = job.complete(data_folder)
     pool_dtype = torch.bfloat16 if is_bf16(job.ds_config) else torch.float32
     ep_group = expert_parallel_group(job.layout.ep_size, experiment.parallel.timeout_minutes)
-    model = build_model(experiment.model, experiment.seed, ep_group, pool_dtype, device)
+    chunks = experiment.parallel.chunks
+    model = build_model(experiment.model, experiment.seed, ep_group, pool_dtype, device, chunks)
     engine = Engine(model, experiment.train, job.ds_config, show_log=experiment.log.deepspeed)
     state = job.state
     if job.saved is not None:

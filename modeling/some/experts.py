@@ -91,6 +91,20 @@ class FrozenExpertPool(nn.Module):
         """The buffers, as the kernels take them."""
         return ExpertWeights(self.w_down_eFD, self.b_down_eF, self.w_up_eDF, self.b_up_eD, self.scale_down, self.scale_up)
 
+    def hold(self, expert_ids: Sequence[int]) -> None:
+        """From now on hold exactly these experts, in this order: those that are here are kept, the others drawn.
+
+        While it moves, one matrix of the shard exists twice.
+        """
+        slot_of = {expert: slot for slot, expert in enumerate(self.expert_ids)}
+        missing = [expert for expert in expert_ids if expert not in slot_of]
+        dtype, device = self.weights.dtype, self.w_down_eFD.device
+        drawn = dict(FrozenExpertPool(self.config, self.layer, self.seed, missing, dtype, device).named_buffers())
+        for name, buffer in list(self.named_buffers()):
+            new = dict(zip(missing, drawn[name], strict=True))
+            setattr(self, name, torch.stack([new[e] if e in new else buffer[slot_of[e]] for e in expert_ids]))
+        self.expert_ids = list(expert_ids)
+
     def forward(self, x_TD: torch.Tensor, gates_TK: torch.Tensor, slots_TK: torch.Tensor) -> torch.Tensor:
         """Gate-weighted sum of each token's experts.
 

@@ -25,6 +25,7 @@ class SoMELayer(nn.Module):
         ep_group: ranks that share one copy of the pool; None or a group of one = all experts here.
         pool_dtype: dtype of the frozen experts.
         device: where pool and keys are kept.
+        chunks: parts in which tokens are sent to other ranks (see `AllToAllExchange`).
 
     Raises:
         ValueError: the group's size does not divide the experts.
@@ -38,13 +39,15 @@ class SoMELayer(nn.Module):
         ep_group: dist.ProcessGroup | None = None,
         pool_dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        chunks: int = 1,
     ):
         super().__init__()
         self.config = config
         ep_size = 1 if ep_group is None else dist.get_world_size(ep_group)
+        self.ep_rank = 0 if ep_size == 1 else dist.get_rank(ep_group)
         self.placement = Placement.contiguous(config.num_experts, ep_size)
-        self.exchange = LocalExchange() if ep_size == 1 else AllToAllExchange(self.placement, ep_group)
-        expert_ids = self.placement.experts_of(0 if ep_size == 1 else dist.get_rank(ep_group))
+        self.exchange = LocalExchange() if ep_size == 1 else AllToAllExchange(self.placement, ep_group, chunks)
+        expert_ids = self.placement.expert_ids_P[self.ep_rank]
 
         self.query = QueryNetwork(config).to(device) if config.routing == "learned" else None
         self.store = KeyStore(config.num_experts, config.d_model, config.top_k, config.rules, seed, layer).to(device)
@@ -104,6 +107,15 @@ class SoMELayer(nn.Module):
             output_squares_T=sums_of_squares(y_TD),
             residual_squares_T=sums_of_squares(residual_TD),
         )
+
+    def place(self, placement: Placement) -> None:
+        """From now on find the experts where `placement` says; all ranks of `ep_group` call it alike, between two steps.
+
+        Experts that are new here are drawn from the seed, so nothing is sent.
+        """
+        self.pool.hold(placement.expert_ids_P[self.ep_rank])
+        self.exchange.place(placement)
+        self.placement = placement
 
     def _temperature(self, temperature: float | None) -> float:
         if temperature is not None:

@@ -80,6 +80,8 @@ def layout(ranks: int, per_node: int, *settings: str) -> Layout:
         (8, 4, [], Layout(4, 4, 1)),
         (6, 3, ["train.batch_size=36"], Layout(1, 6, 1)),  # 3 does not divide 16 experts
         (12, 6, ["train.batch_size=48"], Layout(2, 4, 1)),
+        (2, 2, ["parallel.placement=balanced", "parallel.replicas=16"], Layout(2, 16, 1)),
+        (1, 1, ["parallel.placement=balanced", "parallel.replicas=auto"], Layout(1, 16, 2)),  # none are wanted there
         (3, 3, ["train.batch_size=42", "train.max_micro_batch=8", "parallel.ep_size=1"], Layout(1, 7, 2)),
         (1, 1, ["train.max_micro_batch=5"], Layout(1, 4, 8)),
     ],
@@ -99,6 +101,16 @@ def test_layout(ranks, per_node, settings, expected):
             6,
             ["train.batch_size=36", "parallel.ep_size=3"],
             "parallel.ep_size = 3 does not divide model.some.num_experts = 16",
+        ),
+        (
+            1,
+            ["parallel.placement=balanced", "parallel.replicas=1"],
+            "parallel.replicas = 1 has no effect where parallel.ep_size is 1 .*; set parallel.replicas=0",
+        ),
+        (
+            2,
+            ["parallel.placement=balanced", "parallel.replicas=17"],
+            "parallel.replicas = 17 is more than 2 ranks can hold; set it between 0 and 16",
         ),
     ],
 )

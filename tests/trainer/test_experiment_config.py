@@ -83,6 +83,16 @@ def test_round_trip_through_yaml(tmp_path):
         ("quickstart", ["model.some.top_k=17"], "model.some.top_k = 17 is more than model.some.num_experts = 16"),
         ("quickstart", ["model.some.rules.preset=v99"], "model.some.rules.preset = 'v99' is unknown; known: v1.1"),
         ("quickstart", ["parallel.ep_size=all"], "parallel.ep_size = 'all' must be a number of ranks or auto"),
+        ("quickstart", ["parallel.chunks=0"], "parallel.chunks = 0 must be a number greater than 0"),
+        ("quickstart", ["parallel.placement=even"], "parallel.placement = 'even' is not one of: contiguous, balanced"),
+        ("quickstart", ["parallel.replicas=-1"], "parallel.replicas = -1 must be a number of experts, 0 or more, or auto"),
+        ("quickstart", ["parallel.replicas=some"], "parallel.replicas = 'some' must be a number of experts"),
+        (
+            "quickstart",
+            ["parallel.replicas=auto"],
+            "parallel.replicas = auto has no effect with .* = contiguous; set .*=balanced",
+        ),
+        ("quickstart", ["parallel.replan_every=-1"], "parallel.replan_every = -1 must be a number of steps, or 0 for never"),
         ("quickstart", ["data.name=stories2"], "data.name"),
     ],
 )

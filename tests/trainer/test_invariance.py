@@ -9,6 +9,8 @@ from safetensors.torch import load_file
 from tests.launch import FP32, losses, records, succeed
 
 STEPS, STOP = 20, 10
+BALANCED = ["parallel.placement=balanced", "parallel.replan_every=4"]
+ALL = [*BALANCED, "parallel.replicas=auto", "parallel.chunks=3", "train.max_micro_batch=8"]
 
 
 class Runs:
@@ -61,6 +63,11 @@ def assert_same_curve(ours: list[float], theirs: list[float], exact: slice) -> N
         ("two ranks, EP 1", 2, ["parallel.ep_size=1"]),
         ("two ranks, EP 2, accumulating", 2, ["parallel.ep_size=2", "train.max_micro_batch=8"]),
         ("four ranks, EP 2", 4, ["parallel.ep_size=2"]),
+        ("two ranks, chunks", 2, ["parallel.ep_size=2", "parallel.chunks=3"]),
+        ("two ranks, balanced", 2, ["parallel.ep_size=2", *BALANCED]),
+        ("two ranks, replicas", 2, ["parallel.ep_size=2", *BALANCED, "parallel.replicas=3"]),
+        ("two ranks, everything", 2, ["parallel.ep_size=2", *ALL]),
+        ("four ranks, everything", 4, ["parallel.ep_size=4", *BALANCED, "parallel.replicas=6", "parallel.chunks=2"]),
     ],
 )
 def test_one_curve_on_any_ranks(runs, name, ranks, settings):
@@ -70,6 +77,12 @@ def test_one_curve_on_any_ranks(runs, name, ranks, settings):
     ends = [records(folder, "eval")[-1] for folder in (ours, reference)]
     assert ends[0]["val_loss"] == pytest.approx(ends[1]["val_loss"], rel=2e-4)
     assert records(ours, "end") == [{"event": "end", "step": STEPS, "finished": False}]
+    plans = records(ours, "placement")
+    assert [plan["step"] for plan in plans] == (list(range(4, STEPS + 1, 4)) if BALANCED[0] in settings else [])
+    if plans:
+        assert sum(plan["moved"] for plan in plans) > 0, "experts must move, or nothing is tested"
+    wanted = next((int(s.split("=")[1]) for s in settings if s.startswith("parallel.replicas=") and "auto" not in s), 0)
+    assert max((layer["replicas"] for plan in plans for layer in plan["layers"]), default=0) >= wanted
 
 
 @pytest.mark.parametrize(
@@ -78,6 +91,7 @@ def test_one_curve_on_any_ranks(runs, name, ranks, settings):
         ("2 to 1 ranks", "stopped on 2", (2, "parallel.ep_size=2"), (1,)),
         ("1 to 2 ranks", "stopped on 1", (1,), (2, "parallel.ep_size=2")),
         ("EP 2 to 1", "stopped on 2", (2, "parallel.ep_size=2"), (2, "parallel.ep_size=1")),
+        ("EP 2 to 4, balanced", "stopped with everything", (2, "parallel.ep_size=2", *ALL), (4, "parallel.ep_size=4", *ALL)),
     ],
 )
 def test_resume_on_other_ranks(runs, name, start, before, after):
@@ -85,13 +99,26 @@ def test_resume_on_other_ranks(runs, name, start, before, after):
     runs.run(start, *before, steps=STOP)
     ours = runs.continued(start, name, *after)
     assert_same_curve(losses(ours), losses(unbroken), slice(0, STOP + 1))
+    if "parallel.placement=balanced" in after:
+        assert STOP in [plan["step"] for plan in records(ours, "placement")], "other ranks need another plan, at once"
 
 
-def test_resume_on_the_same_ranks_is_bitwise(runs):
-    unbroken = runs.run("unbroken", 2, "parallel.ep_size=2")
-    runs.run("stopped on 2", 2, "parallel.ep_size=2", steps=STOP)
-    ours = runs.continued("stopped on 2", "same ranks", 2, "parallel.ep_size=2")
+@pytest.mark.parametrize(
+    ("unbroken", "start", "settings"),
+    [
+        ("unbroken", "stopped on 2", ["parallel.ep_size=2"]),
+        # Stopped between two plans: the placement is part of what is continued.
+        ("two ranks, everything", "stopped with everything", ["parallel.ep_size=2", *ALL]),
+    ],
+    ids=["contiguous", "everything"],
+)
+def test_resume_on_the_same_ranks_is_bitwise(runs, unbroken, start, settings):
+    unbroken = runs.run(unbroken, 2, *settings)
+    runs.run(start, 2, *settings, steps=STOP)
+    ours = runs.continued(start, f"{start}, same ranks", 2, *settings)
     assert losses(ours) == losses(unbroken)
+    plans = [[(plan["step"], plan["layers"]) for plan in records(folder, "placement")] for folder in (ours, unbroken)]
+    assert plans[0] == plans[1]
     step = f"checkpoints/step_{STEPS:08d}"
     for file in ("core", "optimizer", "keys"):
         theirs = load_file(unbroken / step / f"{file}.safetensors")

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from modeling.some import KeyRules, KeyStore, Routing
+from modeling.some.placement import Placement
 from tests.distributed import run_ranks
 from tests.oracles import metrics as oracle
 from trainer.metrics import RoutingMeter, RunLog, entropy_bits, gini
@@ -59,7 +60,7 @@ def _measure(rank: int, padding: bool) -> list[dict]:
     meter = RoutingMeter(make_stores())
     for tokens in (30 if rank else 0, 10):
         meter.add(routing(rank, tokens), real(tokens, padding))
-    return meter.result([torch.arange(E) // 4] * 2)
+    return meter.result([Placement.contiguous(E, E // 4)] * 2)
 
 
 def agreeing_padding() -> tuple[Routing, torch.Tensor]:
@@ -78,7 +79,7 @@ def _measure_all(rank: int) -> dict[str, list[dict]]:
     meter = RoutingMeter(make_stores()[:1])
     record, real_T = agreeing_padding()
     meter.add([record], real_T)
-    agreeing = meter.result([torch.zeros(E, dtype=torch.int64)])
+    agreeing = meter.result([Placement.contiguous(E, 1)])
     return {"real": _measure(rank, False), "with padding": _measure(rank, True), "agreeing": agreeing}
 
 

@@ -124,7 +124,7 @@ def _count_exchange(rank: int) -> list[tuple[int, int]]:
         with Leaving(rank) as leaving:
             y_BSD, routing = layer(x_TD[None])
             y_BSD.sum().backward()
-        owners_TK = layer.placement.rank_of_E[routing.expert_ids_TK]
+        owners_TK = layer.placement.nearest(rank).serving(routing.expert_ids_TK)[0]
         copies = sum(len(set(owners) - {rank}) for owners in owners_TK.tolist())
         counted.append((copies, leaving.bytes))
     return counted
