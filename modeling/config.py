@@ -214,17 +214,18 @@ class ModelConfig:
     def num_flops_per_token(self, context: int) -> float:
         """Multiply-add FLOPs of one training step (forward and backward) per token, in rows of `context` tokens.
 
-        Trained matrices cost 6 FLOPs a weight; frozen experts and keys 4, since no weight gradient is computed; causal
-        attention 6 * L * context * D (half of the full square).
+        Trained matrices cost 6 FLOPs a weight; frozen experts 4, since no weight gradient is computed; keys 2, since only the K
+        chosen ones enter a gradient; causal attention 6 * L * context * D (half of the full square).
         """
         D, L, some = self.d_model, self.num_layers, self.some
-        trained, frozen = 4 * D * D + (self.input_map + self.readout) * D * D, 0
+        trained, frozen, scores = 4 * D * D + (self.input_map + self.readout) * D * D, 0, 0
         if self.channel_mixer == "some":
             router = some.num_router_parameters() and (D * D if some.router == "linear" else 2 * D * some.router_hidden)
             trained, frozen = trained + router * some.train_router, router * (not some.train_router)
-            frozen += some.top_k * 2 * D * some.d_ffn + D * some.num_experts * (some.routing == "learned")
+            frozen += some.top_k * 2 * D * some.d_ffn
+            scores = 2 * D * some.num_experts * (some.routing == "learned")
         elif self.channel_mixer == "dense":
             trained += 2 * D * self.d_ffn
         elif self.channel_mixer == "frozen_dense":
             frozen += 2 * D * self.d_ffn
-        return 6 * (self.vocab_size * D + L * trained) + 4 * L * frozen + 6 * L * context * D * (2 - self.causal)
+        return 6 * (self.vocab_size * D + L * trained) + L * (4 * frozen + scores) + 6 * L * context * D * (2 - self.causal)

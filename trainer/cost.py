@@ -72,7 +72,7 @@ def step_time(experiment: Experiment, deployment: Deployment, machine: Machine, 
     flops, memory, fp32 = machine.flops(how.bf16), 1e9 * machine.memory_gb_s, machine.flops(bf16=False)
     dense = flops * share(machine, U)
     attention_flops = 6 * L * row * D * (2 - model.causal)
-    scores_flops = 4 * L * D * model.some.num_experts * learned
+    scores_flops = 2 * L * D * model.some.num_experts * learned
     experts_flops = _expert_flops(model) * L * model.some.top_k if model.channel_mixer == "some" else 0
     core_flops = model.num_flops_per_token(row) - attention_flops - scores_flops - experts_flops
     peak = fp32 if deployment.device == "cpu" else flops

@@ -128,7 +128,7 @@ def test_products_of_the_core_and_their_rates():
     trained = V * D + L * (4 * D * D + 2 * D * 2 * D)
     assert seconds.core == pytest.approx(2 * 6 * U * trained / (0.5 * 989.4e12))
     assert seconds.attention == pytest.approx(2 * 6 * L * U * 768 * D / (0.35 * 989.4e12))
-    assert seconds.scores == pytest.approx(2 * 4 * L * U * D * 512 / (0.5 * 66.9e12))
+    assert seconds.scores == pytest.approx(2 * 2 * L * U * D * 512 / (0.5 * 66.9e12))
     fixed = step_time(experiment, deploy(accumulation=2), replace(PLAIN, step_us=3.0, layer_us=7.0), usage_LE).fixed
     assert seconds.fixed == 0 and fixed == pytest.approx(3e-6 + 2 * 10 * 7e-6)
 
