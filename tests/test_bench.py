@@ -194,6 +194,22 @@ def test_update(capsys):
         assert row["of_layer"] == pytest.approx(row["ms"] / layer["ms"])
 
 
+def test_exchange(capsys):
+    rows, notes = figures(capsys, "exchange", "--tokens", "64", "--experts", "8", *LAYER)
+    one, ranks, *parts = rows
+    by_name = {row["contender"].strip(): row for row in parts}
+    assert list(by_name) == ["metadata", "dispatch", "compute", "combine"]
+    # Tokens travel once to each rank that has any of their experts, there and back: counted, and from the routing.
+    for part in ("dispatch", "combine"):
+        assert by_name[part]["MB"] == by_name[part]["MB_least"] > 0
+    assert by_name["metadata"]["MB"] > 0
+    assert ranks["MB"] == pytest.approx(sum(row.get("MB", 0) for row in parts))
+    assert ranks["x_one"] == pytest.approx(ranks["ms"] / one["ms"])
+    assert all(row["ms"] > 0 for row in rows)
+    agreement = next(note for note in notes if "outputs agree" in note)
+    assert float(agreement.split(" to ")[1].split()[0]) < 1e-6
+
+
 def test_without_a_subcommand_layer_and_update_run(monkeypatch, tmp_path, capsys):
     def stand_in(arguments):
         return Table(arguments.command, {"T": arguments.tokens, "E": arguments.experts}, {"ms": ".1f"}, [{"ms": 1.0}])
@@ -214,6 +230,9 @@ def test_without_a_subcommand_layer_and_update_run(monkeypatch, tmp_path, capsys
         ("layer --tokens 0", "--tokens 0"),
         ("update --repeats 0", "--repeats 0"),
         ("layer --experts 2 --top_k 4", "--top_k 4"),
+        ("exchange --ranks 1", "--ranks 1"),
+        ("exchange --tokens 7", "--tokens 7"),
+        ("exchange --experts 9", "--experts 9"),
         ("layer --json absent/figures.json", "--json absent/figures.json"),
     ],
 )

@@ -2,6 +2,7 @@
 
     python tools/bench.py                                          # layer and update, about two minutes
     python tools/bench.py layer --tokens 2048 8192 --experts 64
+    python tools/bench.py exchange --json figures.json
 
 Each subcommand prints one table. Contenders take turns, so a machine whose speed drifts treats them alike; figures are
 medians with the smallest and largest. Close other programs before you take figures of record.
@@ -19,6 +20,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
     sys.path[0] = str(REPOSITORY)
 
+from tools.bench_exchange import bench_exchange
 from tools.bench_layer import DTYPES, bench_layer, bench_update
 from tools.bench_table import BenchmarkFailed, Table, machine
 from tools.runs import EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED, stop_on_signals
@@ -45,6 +47,7 @@ class Benchmark:
 BENCHMARKS = {
     "layer": Benchmark(bench_layer, "forward and backward of a layer", experts=[64, 512]),
     "update": Benchmark(bench_update, "the key update after a step", experts=[64, 512]),
+    "exchange": Benchmark(bench_exchange, "a layer whose experts are spread over ranks", experts=[64], ranks=2),
 }
 
 
