@@ -13,8 +13,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from modeling.some import KeyRules, KeyStore, SoMEConfig, SoMELayer
+from tests.launch import FP32
 from tests.oracles.keys import State, update_keys_per_token
-from tools import bench
+from tools import bench, bench_training
 from tools.bench_baselines import (
     DeepSpeedMoE,
     DenseFrozen,
@@ -29,6 +30,11 @@ from tools.bench_table import Table
 CPU = torch.device("cpu")
 CONFIG = SoMEConfig(d_model=16, num_experts=6, d_ffn=24, top_k=3, expert_bias="torch")
 LAYER = "--d_model 16 --d_ffn 32 --top_k 2 --dtype fp32 --repeats 2".split()
+TINY = [
+    "model.vocab_size=300", "model.d_model=16", "model.num_layers=2", "model.num_heads=2", "model.max_seq_len=32",
+    "model.some.num_experts=8", "model.some.d_ffn=8", "train.batch_size=8", "data.train_documents=64",
+    "data.val_documents=8", "data.tokenizer_documents=null",
+]  # fmt: skip
 
 
 # ---------------------------------------------------------------- what is measured against
@@ -161,6 +167,10 @@ def figures(capsys, *arguments: str) -> tuple[list[dict], list[str]]:
     return table["rows"], table["notes"]
 
 
+def trainer_flags(settings: list[str]) -> list[str]:
+    return ["--ds_config", FP32, *(part for setting in settings for part in ("--set", setting))]
+
+
 def test_layer(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)  # as if it were not installed
     rows, notes = figures(capsys, "layer", "--tokens", "16", "48", "--experts", "4", "8", *LAYER)
@@ -210,6 +220,39 @@ def test_exchange(capsys):
     assert float(agreement.split(" to ")[1].split()[0]) < 1e-6
 
 
+def test_step(capsys):
+    """The same losses from both, so they are contenders for the same work."""
+    rows, _ = figures(capsys, "step", "--steps", "4", "--repeats", "1", *trainer_flags(TINY))
+    ours, straightforward, batches = rows
+    assert straightforward["loss"] == pytest.approx(ours["loss"], rel=2e-6)
+    assert straightforward["x_ours"] == pytest.approx(straightforward["ms"] / ours["ms"])
+    assert ours["tokens_per_second"] > 0 and 0 < batches["ms"] < ours["ms"]
+
+
+def test_startup(capsys):
+    rows, _ = figures(capsys, "startup", "--repeats", "1", *trainer_flags(TINY))
+    *parts, total = rows
+    assert [row["part"] for row in parts] == [
+        "interpreter and imports", "experiment and pool manifest", "import of DeepSpeed", "data", "process group",
+        "deterministic kernels", "model and pool", "engine", "other", "first evaluation", "first step",
+    ]  # fmt: skip
+    assert total["seconds"] == pytest.approx(sum(row["seconds"] for row in parts))
+    assert all(row["seconds"] > 0 for row in rows)
+
+
+def test_memory(capsys):
+    """A pool of 64 MiB is seen where it is built, and the parts add up."""
+    big = ["model.d_model=64", "model.some.d_ffn=1024", "model.some.num_experts=64", "model.some.router=linear"]
+    rows, notes = figures(capsys, "memory", "--steps", "1", *trainer_flags([*TINY, *big]))
+    size = {row["what"]: row["GiB"] for row in rows}
+    beyond = rows[-1]
+    assert size["at most"] == pytest.approx(sum(row["GiB"] for row in rows[:-2]))
+    assert size["model and pool"] > 2**26 / 2**30
+    assert beyond["GiB"] == pytest.approx(size["at most"] - size["process, libraries and data"])
+    assert beyond["x_planned"] == pytest.approx(beyond["GiB"] / beyond["planned_GiB"])
+    assert any(note.startswith("memory a rank") for note in notes)
+
+
 def test_without_a_subcommand_layer_and_update_run(monkeypatch, tmp_path, capsys):
     def stand_in(arguments):
         return Table(arguments.command, {"T": arguments.tokens, "E": arguments.experts}, {"ms": ".1f"}, [{"ms": 1.0}])
@@ -233,6 +276,11 @@ def test_without_a_subcommand_layer_and_update_run(monkeypatch, tmp_path, capsys
         ("exchange --ranks 1", "--ranks 1"),
         ("exchange --tokens 7", "--tokens 7"),
         ("exchange --experts 9", "--experts 9"),
+        ("step --steps 2", "--steps 2"),
+        ("step --set model.nonsense=1", "model.nonsense"),
+        ("startup --experiment nothing", "--experiment nothing"),
+        ("memory --ranks 3", "train.batch_size"),
+        ("memory --set data.name=text --set data.path=absent", "absent"),
         ("layer --json absent/figures.json", "--json absent/figures.json"),
     ],
 )
@@ -242,3 +290,11 @@ def test_bad_input_is_refused_in_one_line(arguments, named, capsys):
     assert exit_.value.code == 2
     out, err = capsys.readouterr()
     assert not out and err.startswith("error: ") and err.count("\n") == 1 and named in err
+
+
+def test_a_run_that_fails_is_named_in_one_line(capsys, monkeypatch):
+    monkeypatch.setattr(bench_training, "start", lambda words, log: "out of memory")
+    with pytest.raises(SystemExit) as exit_:
+        bench.main(["memory", *trainer_flags(TINY)])
+    assert exit_.value.code == 1
+    assert capsys.readouterr().err == "error: the run of quickstart (ours) failed: out of memory\n"

@@ -2,6 +2,7 @@
 
     python tools/bench.py                                          # layer and update, about two minutes
     python tools/bench.py layer --tokens 2048 8192 --experts 64
+    python tools/bench.py step --experiment a4 --set data.path=DIR
     python tools/bench.py exchange --json figures.json
 
 Each subcommand prints one table. Contenders take turns, so a machine whose speed drifts treats them alike; figures are
@@ -23,6 +24,7 @@ if __name__ == "__main__":
 from tools.bench_exchange import bench_exchange
 from tools.bench_layer import DTYPES, bench_layer, bench_update
 from tools.bench_table import BenchmarkFailed, Table, machine
+from tools.bench_training import bench_memory, bench_startup, bench_step
 from tools.runs import EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED, stop_on_signals
 
 DEFAULT = ("layer", "update")
@@ -48,6 +50,9 @@ BENCHMARKS = {
     "layer": Benchmark(bench_layer, "forward and backward of a layer", experts=[64, 512]),
     "update": Benchmark(bench_update, "the key update after a step", experts=[64, 512]),
     "exchange": Benchmark(bench_exchange, "a layer whose experts are spread over ranks", experts=[64], ranks=2),
+    "step": Benchmark(bench_step, "training steps of an experiment", ranks=1, steps=12, repeats=2),
+    "startup": Benchmark(bench_startup, "from the command to the end of the first step", ranks=1, repeats=3),
+    "memory": Benchmark(bench_memory, "the largest resident size of a rank", ranks=1, steps=4, repeats=1),
 }
 
 
