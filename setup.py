@@ -27,7 +27,11 @@ setup(
         "pyarrow>=15",
         "tqdm>=4.66",
     ],
-    extras_require={"dev": ["pytest>=8", "ruff>=0.9"], "plot": ["matplotlib>=3.8"]},
+    extras_require={
+        "bench": ["transformers>=4.51"],
+        "dev": ["pytest>=8", "ruff>=0.9"],
+        "plot": ["matplotlib>=3.8"],
+    },
     entry_points={
         "console_scripts": [
             "some-train = trainer.run:main",

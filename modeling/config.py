@@ -214,8 +214,8 @@ class ModelConfig:
     def num_flops_per_token(self, context: int) -> float:
         """Multiply-add FLOPs of one training step (forward and backward) per token, in rows of `context` tokens.
 
-        Trained matrices cost 6 FLOPs a weight; frozen experts 4, since no weight gradient is computed; keys 2, since only the K
-        chosen ones enter a gradient; causal attention 6 * L * context * D (half of the full square).
+        Trained matrices cost 6 FLOPs a weight; frozen experts 4, since no weight gradient is computed; keys 2, since only
+        the K chosen ones enter a gradient; causal attention 6 * L * context * D (half of the full square).
         """
         D, L, some = self.d_model, self.num_layers, self.some
         trained, frozen, scores = 4 * D * D + (self.input_map + self.readout) * D * D, 0, 0

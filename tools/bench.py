@@ -1,113 +1,166 @@
-"""Time a SoME layer and its key update beside a dense frozen FFN of equal FLOPs, in one process.
+"""Measure the parts of the trainer on this machine, each beside what it can be compared with.
 
-    python tools/bench.py [--tokens 8192] [--experts 64 512] [--dtype bf16] [--repeats 7] [--json]
+    python tools/bench.py                                          # layer and update, about two minutes
+    python tools/bench.py layer --tokens 2048 8192 --experts 64
+    python tools/bench.py step --experiment a4 --set data.path=DIR
+    python tools/bench.py exchange --json figures.json
 
-The contenders take turns, so a machine whose speed drifts treats them alike; medians with the smallest and largest time.
+Each subcommand prints one table. Contenders take turns, so a machine whose speed drifts treats them alike; figures are
+medians with the smallest and largest. Close other programs before you take figures of record.
 """
 
 import argparse
 import json
-import statistics
 import sys
-import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
+REPOSITORY = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    sys.path[0] = str(REPOSITORY)
 
-import torch
-import torch.nn.functional as F
+from tools.bench_exchange import bench_exchange
+from tools.bench_layer import DTYPES, bench_layer, bench_update
+from tools.bench_table import BenchmarkFailed, Table, machine
+from tools.bench_training import bench_memory, bench_startup, bench_step
+from tools.runs import EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED, stop_on_signals
 
-from modeling.some import KeyStatistics, SoMEConfig, SoMELayer, update_key_stores
-
-D, H, K = 512, 1024, 4
-
-
-def some_layer(tokens: int, experts: int, dtype: torch.dtype, device: torch.device) -> dict[str, Callable[[], None]]:
-    """Forward and backward of a layer (routing included), and the key update from its routing."""
-    config = SoMEConfig(d_model=D, num_experts=experts, d_ffn=H, top_k=K)
-    layer = SoMELayer(config, pool_dtype=dtype, device=device)
-    layer.query.to(dtype)
-    x_BSD = torch.randn(1, tokens, D, device=device).to(dtype).requires_grad_()
-    grad_BSD = torch.randn(1, tokens, D, device=device).to(dtype)
-    routing = layer(x_BSD)[1]
-
-    def forward_backward() -> None:
-        x_BSD.grad = None
-        layer(x_BSD)[0].backward(grad_BSD)
-
-    def update() -> None:
-        statistics_ = KeyStatistics.of(experts, routing.queries_TD, routing.expert_ids_TK, routing.gates_TK)
-        update_key_stores([layer.store], [statistics_])
-
-    return {f"SoME layer E={experts}": forward_backward, f"key update E={experts}": update}
+DEFAULT = ("layer", "update")
 
 
-def dense_frozen(tokens: int, dtype: torch.dtype, device: torch.device) -> Callable[[], None]:
-    """One frozen FFN of K * H hidden units: the same FLOPs a token as K experts, no routing."""
-    w_down = torch.randn(K * H, D, device=device).div_(D**0.5).to(dtype)
-    w_up = torch.randn(D, K * H, device=device).div_((K * H) ** 0.5).to(dtype)
-    x_TD = torch.randn(tokens, D, device=device).to(dtype).requires_grad_()
-    grad_TD = torch.randn(tokens, D, device=device).to(dtype)
+@dataclass(frozen=True)
+class Benchmark:
+    """A subcommand."""
 
-    def forward_backward() -> None:
-        x_TD.grad = None
-        F.linear(F.gelu(F.linear(x_TD, w_down)), w_up).backward(grad_TD)
-
-    return forward_backward
-
-
-def measure(contenders: dict[str, Callable[[], None]], repeats: int, device: torch.device) -> dict[str, list[float]]:
-    """Milliseconds of every run of every contender, in turns, after one warm-up each."""
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for turn in range(repeats + 1):
-        for name, run in contenders.items():
-            began = time.perf_counter()
-            run()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            if turn:
-                times[name].append(1e3 * (time.perf_counter() - began))
-    return times
+    run: Callable[[argparse.Namespace], Table]
+    help: str
+    experts: list[int] | None = None
+    """Default pool sizes of one that measures a layer; None = it runs the trainer."""
+    ranks: int | None = None
+    """Default number of processes; None = always one."""
+    steps: int | None = None
+    """Default number of training steps of a run; None = not to choose."""
+    repeats: int = 5
+    """Default number of counted turns."""
 
 
-def main() -> None:
+BENCHMARKS = {
+    "layer": Benchmark(bench_layer, "forward and backward of a layer", experts=[64, 512]),
+    "update": Benchmark(bench_update, "the key update after a step", experts=[64, 512]),
+    "exchange": Benchmark(bench_exchange, "a layer whose experts are spread over ranks", experts=[64], ranks=2),
+    "step": Benchmark(bench_step, "training steps of an experiment", ranks=1, steps=12, repeats=2),
+    "startup": Benchmark(bench_startup, "from the command to the end of the first step", ranks=1, repeats=3),
+    "memory": Benchmark(bench_memory, "the largest resident size of a rank", ranks=1, steps=4, repeats=1),
+}
+
+
+def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description="Time a SoME layer beside a dense frozen FFN of equal FLOPs.")
-    parser.add_argument("--tokens", type=int, default=8192, help="tokens in a batch")
-    parser.add_argument("--experts", type=int, nargs="+", default=[64, 512], help="pool sizes")
-    parser.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16", help="dtype of experts and inputs")
-    parser.add_argument("--repeats", type=int, default=7, help="counted runs of each contender")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    arguments = parser.parse_args()
+    try:
+        with stop_on_signals():
+            run(parse_arguments(arguments))
+    except ValueError as error:
+        fail(error, EXIT_REFUSED)
+    except BenchmarkFailed as error:
+        fail(error, EXIT_FAILED)
+    except KeyboardInterrupt:
+        sys.exit(EXIT_STOPPED)
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if arguments.dtype == "bf16" else torch.float32
-    contenders = {"dense frozen FFN": dense_frozen(arguments.tokens, dtype, device)}
-    for experts in arguments.experts:
-        contenders |= some_layer(arguments.tokens, experts, dtype, device)
-    times = measure(contenders, arguments.repeats, device)
 
-    dense = statistics.median(times["dense frozen FFN"])
-    rows = [
-        {
-            "name": name,
-            "ms": statistics.median(t),
-            "ms_min": min(t),
-            "ms_max": max(t),
-            "of_dense": statistics.median(t) / dense,
-        }
-        for name, t in times.items()
-    ]
-    if arguments.json:
-        print(json.dumps({"tokens": arguments.tokens, "dtype": arguments.dtype, "device": str(device), "rows": rows}))
+def fail(error: Exception, code: int) -> NoReturn:
+    """One line and the exit code."""
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The flags."""
+    json_help = "also write the figures there; - prints them instead of the table"
+    parser = argparse.ArgumentParser(
+        prog="tools/bench.py",
+        description="Measure the parts of the trainer on this machine.",
+        epilog=f"Without a subcommand: {' and '.join(DEFAULT)}.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--json", metavar="FILE|-", help=json_help)
+    commands = parser.add_subparsers(dest="command", metavar="SUBCOMMAND")
+    for name, benchmark in BENCHMARKS.items():
+        command = commands.add_parser(
+            name, help=benchmark.help, description=f"Measure {benchmark.help}.", allow_abbrev=False
+        )
+        # Not given here, it is the one before the subcommand.
+        command.add_argument("--json", metavar="FILE|-", default=argparse.SUPPRESS, help=json_help)
+        add_flags(command.add_argument, benchmark)
+    return parser.parse_args(arguments)
+
+
+def add_flags(add: Callable, benchmark: Benchmark) -> None:
+    """The flags of one subcommand."""
+    add("--repeats", type=int, default=benchmark.repeats, metavar="N", help="counted turns (default %(default)s)")
+    if benchmark.ranks is not None:
+        add("--ranks", type=int, default=benchmark.ranks, metavar="N", help="processes (default %(default)s)")
+    if benchmark.experts is not None:
+        add("--tokens", type=int, nargs="+", default=[8192], metavar="T", help="tokens in a batch (default 8192)")
+        add("--experts", type=int, nargs="+", default=benchmark.experts, metavar="E", help="pool sizes, default %(default)s")
+        add("--top_k", type=int, default=4, metavar="K", help="experts a token (default 4)")
+        add("--d_model", type=int, default=512, metavar="D", help="width (default 512)")
+        add("--d_ffn", type=int, default=1024, metavar="F", help="hidden width of an expert (default 1024)")
+        add("--dtype", choices=list(DTYPES), default="bf16", help="of experts and inputs (default bf16)")
         return
-    threads = f"{torch.get_num_threads()} threads" if device.type == "cpu" else torch.cuda.get_device_name()
-    print(f"T={arguments.tokens} D={D} F={H} k={K} {arguments.dtype}, forward + backward, {threads}")
-    for row in rows:
-        spread = f"({row['ms_min']:.1f} to {row['ms_max']:.1f})"
-        print(f"{row['name']:20} {row['ms']:9.1f} ms  {spread:20} {row['of_dense']:.2f} x dense")
+    add("--experiment", default="quickstart", metavar="NAME|FILE.yaml", help="what to train (default quickstart)")
+    add("--set", action="append", default=[], metavar="a.b=c", help="change one key of the experiment")
+    add("--ds_config", default=str(REPOSITORY / "ds_configs" / "zero2.json"), metavar="FILE", help="DeepSpeed JSON")
+    if benchmark.steps is not None:
+        add("--steps", type=int, default=benchmark.steps, metavar="N", help="steps of a run (default %(default)s)")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Everything that was asked for.
+
+    Raises:
+        ValueError: what cannot work, before anything runs.
+        BenchmarkFailed: a process that was measured ended early.
+    """
+    chosen = [arguments]
+    if arguments.command is None:
+        chosen = [parse_arguments([command]) for command in DEFAULT]
+    for one in chosen:
+        check(one)
+    if arguments.json not in (None, "-"):
+        check_writable(Path(arguments.json))
+    tables, hardware = [], machine()
+    for one in chosen:
+        tables.append(BENCHMARKS[one.command].run(one))
+        if arguments.json != "-":
+            print(tables[-1].text() + "\n", flush=True)
+    if arguments.json != "-":
+        print(", ".join(f"{name} {value}" for name, value in hardware.items()), flush=True)
+    if arguments.json is None:
+        return
+    text = json.dumps({"machine": hardware, "tables": [table.to_dict() for table in tables]}, indent=1)
+    if arguments.json == "-":
+        print(text)
+    else:
+        Path(arguments.json).write_text(text + "\n", encoding="utf-8")
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """Refuse numbers below one."""
+    for name in ("repeats", "ranks", "tokens", "experts", "top_k", "d_model", "d_ffn", "steps"):
+        values = getattr(arguments, name, [])
+        for value in values if isinstance(values, list) else [values]:
+            if value < 1:
+                raise ValueError(f"--{name} {value}: must be at least 1")
+
+
+def check_writable(path: Path) -> None:
+    """Refuse a file that cannot be written, before minutes are spent."""
+    try:
+        path.open("a", encoding="utf-8").close()
+    except OSError as error:
+        raise ValueError(f"--json {path}: cannot be written ({error.strerror}); choose another") from None
 
 
 if __name__ == "__main__":

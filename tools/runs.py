@@ -7,7 +7,7 @@ import signal
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -116,7 +116,13 @@ def read_run(folder: Path, seed: int = 0) -> Run:
 
 
 def command(
-    experiment: str, settings: list[str], folder: Path, ds_config: str, ranks: int = 1, max_steps: int | None = None
+    experiment: str,
+    settings: list[str],
+    folder: Path,
+    ds_config: str,
+    ranks: int = 1,
+    max_steps: int | None = None,
+    script: Sequence[str] = (str(SCRIPT),),
 ) -> list[str]:
     """The trainer's command line for one run.
 
@@ -127,9 +133,10 @@ def command(
         ds_config: DeepSpeed JSON.
         ranks: processes on this machine; more than one start under torchrun.
         max_steps: stop early.
+        script: what takes the trainer's flags, with what comes before them.
     """
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
-    words = [sys.executable, *launcher, str(SCRIPT), "--experiment", experiment]
+    words = [sys.executable, *launcher, *script, "--experiment", experiment]
     for setting in settings:
         words += ["--set", setting]
     if max_steps is not None:

@@ -34,9 +34,10 @@ def test_flops_of_matrix_products():
     )
     S, D, H, E = 8, 16, 32, 6
     trained = 50 * D + 2 * (D * 3 * D + D * D + D * H + H * D)
-    frozen = 2 * (2 * (D * 24 + 24 * D) + E * D)
+    frozen = 2 * 2 * (D * 24 + 24 * D)
+    scores = 2 * E * D  # the backward sums chosen keys, which is no product
     attention = 2 * 2 * 2 * S * D * 3 / 2  # two products of 2*S*D FLOPs a layer; backward twice; causal half
-    assert config.num_flops_per_token(S) == 2 * trained * 3 + 2 * frozen * 2 + attention
+    assert config.num_flops_per_token(S) == 2 * trained * 3 + 2 * frozen * 2 + 2 * scores + attention
 
 
 @pytest.mark.parametrize(
