@@ -8,7 +8,6 @@ import contextlib
 import io
 import logging
 from itertools import combinations
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,10 +33,10 @@ class StraightforwardLayer(SoMELayer):
         ep_group: None = None,
         pool_dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
-        **options: Any,
+        chunks: int = 1,
     ):
         assert ep_group is None, "it holds every expert"
-        super().__init__(config, layer, seed, None, pool_dtype, device, **options)
+        super().__init__(config, layer, seed, None, pool_dtype, device, chunks)
         self.pool = ExpertModules(config, layer, seed, pool_dtype, device)
         self.exchange = _no_exchange
 
