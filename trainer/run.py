@@ -255,6 +255,8 @@ def prepare_trainer(job: Job, data_folder: Path, device: torch.device) -> Traine
         f"{experiment.name}: {counts.total:,} parameters, {counts.trainable:,} trained; {dist.get_world_size()} rank(s), "
         f"EP size {job.layout.ep_size}, {state.precision}, {device.type}; ready in {time.perf_counter() - began:.1f} s"
     )
+    if model.some_layers:
+        console.say(f"kernel of the experts: {model.some_layers[0].pool.describe_kernel()}")
     for split in ("train", "validation"):
         sizes = ", ".join(f"{value:,} {name}" for name, value in dataset.summary[split].items())
         console.say(f"{split} data: {sizes}")

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from modeling.config import SoMEConfig
-from modeling.some.experts_amx import amx_experts, can_use_amx
+from modeling.some.experts_amx import MULTIPLE, amx_experts, can_use_amx, why_not_amx
 from modeling.some.experts_grouped import can_use_grouped, grouped_experts
 from modeling.some.experts_loop import loop_experts
 from modeling.some.rows import RoutedRows
@@ -85,6 +85,12 @@ class FrozenExpertPool(nn.Module):
         self.w_up_eDF[slot].copy_(w_up_DF / self.scale_up)
         self.b_down_eF[slot].copy_(b_down_F)
         self.b_up_eD[slot].copy_(b_up_D)
+
+    def describe_kernel(self) -> str:
+        """Which kernel computes; where it is the slow one on a CPU in bf16, why."""
+        if self.kernel != "loop" or self.weights.dtype != torch.bfloat16 or self.w_down_eFD.is_cuda:
+            return self.kernel
+        return f"loop, as {why_not_amx() or f'widths are not multiples of {MULTIPLE}'}"
 
     @property
     def weights(self) -> ExpertWeights:

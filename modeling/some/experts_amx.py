@@ -6,6 +6,7 @@ e experts of the shard.
 
 import ctypes
 import functools
+from pathlib import Path
 
 import torch
 
@@ -15,6 +16,7 @@ from modeling.some.weights import ExpertWeights
 
 SOURCE = "experts_amx.cpp"
 FLAGS = [f"-m{feature}" for feature in "avx512f avx512bw avx512vl avx512dq avx512bf16 fma amx-tile amx-bf16".split()]
+NEEDED = {"amx_tile", "amx_bf16", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16"}  # as Linux names them
 MULTIPLE = 32  # of D and F: values in a row of a tile
 
 
@@ -22,10 +24,17 @@ MULTIPLE = 32  # of D and F: values in a row of a tile
 def why_not_amx() -> str | None:
     """Why this machine cannot use the kernel; None if it can."""
     try:
-        supported = load_library(SOURCE, *FLAGS).experts_supported()
+        flags = Path("/proc/cpuinfo").read_text(encoding="ascii").partition("\nflags")[2].partition("\n")[0].split()
+    except OSError:
+        flags = []
+    missing = sorted(NEEDED.difference(flags))
+    if missing:
+        return f"the processor has no {', '.join(missing)}"
+    try:
+        allowed = load_library(SOURCE, *FLAGS).experts_allowed()
     except Unavailable as reason:
         return str(reason)
-    return None if supported else "the processor has no AMX for bf16, or the system does not let programs use it"
+    return None if allowed else "the system does not let programs use AMX"
 
 
 def can_use_amx(weights: ExpertWeights) -> bool:

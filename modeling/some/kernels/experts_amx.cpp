@@ -371,16 +371,10 @@ void backward(const Weights<Weight>& w, const Rows& rows, const bf16* grad_y, co
 
 extern "C" {
 
-// Whether this processor and kernel let the process use AMX; asks the kernel for it.
-int experts_supported() {
+// Asks the system to let this process use AMX; whether it does.
+int experts_allowed() {
     constexpr long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;
-    __builtin_cpu_init();
-    if (!__builtin_cpu_supports("avx512bf16") || !__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512bw"))
-        return 0;
-    unsigned a = 7, b = 0, c = 0, d = 0;
-    __asm__ volatile("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
-    const bool has_tiles = (d >> 24 & 1) && (d >> 22 & 1);
-    return has_tiles && syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+    return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
 }
 
 // Weights (e, F, D) and (e, D, F) are int8 or bf16. h (R, F) may be null. y: (T, D), fp32 or bf16.
