@@ -138,6 +138,8 @@ def test_a_failure_is_told_and_the_next_run_starts(tmp_path, monkeypatch):
 def test_a_signal_ends_the_run_and_still_writes_the_table(tmp_path, monkeypatch, number):
     program = f"open({str(tmp_path / 'started')!r}, 'w').close(); import time; time.sleep(60)"
     monkeypatch.setattr(reproduce, "command", lambda *_: [sys.executable, "-c", program])
+    # Tests that a shell started in the background would ignore SIGINT, as the tool does then.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def interrupt() -> None:
         while not (tmp_path / "started").exists():
@@ -145,7 +147,10 @@ def test_a_signal_ends_the_run_and_still_writes_the_table(tmp_path, monkeypatch,
         os.kill(os.getpid(), number)
 
     threading.Thread(target=interrupt).start()
-    assert call(SOME, "--seeds", "2", "--output_dir", str(tmp_path)) == reproduce.EXIT_STOPPED
+    try:
+        assert call(SOME, "--seeds", "2", "--output_dir", str(tmp_path)) == reproduce.EXIT_STOPPED
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert rows(tmp_path)[SOME]["verdict"] == "none: not run"
 
 

@@ -120,7 +120,7 @@ def test_dense_and_frozen_dense_have_the_active_flops_of_the_experts(router, top
     assert flops["frozen_dense"] - flops["attention_only"] == 4 * L * products
     assert flops["dense"] - flops["attention_only"] == 6 * L * products
     query = (D * D if router == "linear" else 4 * D * D) * 6
-    assert config.num_flops_per_token(S) - flops["frozen_dense"] == L * (query + 4 * D * 8), "queries and scores"
+    assert config.num_flops_per_token(S) - flops["frozen_dense"] == L * (query + 2 * D * 8), "queries and scores"
     assert flops["hash_routing"] == flops["frozen_dense"]
     assert flops["shared_expert"] == flops["hash_routing"] - 4 * L * (top_k - 1) * 2 * 16 * 24
     trained = {control: apply_control(config, control).num_parameters().trainable for control in CONTROLS}
