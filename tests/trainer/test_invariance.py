@@ -61,9 +61,8 @@ def assert_same_curve(ours: list[float], theirs: list[float], exact: slice) -> N
         ("one rank, accumulating", 1, ["train.max_micro_batch=8"]),
         ("two ranks, EP 2", 2, ["parallel.ep_size=2"]),
         ("two ranks, EP 1", 2, ["parallel.ep_size=1"]),
-        ("two ranks, EP 2, accumulating", 2, ["parallel.ep_size=2", "train.max_micro_batch=8"]),
         ("four ranks, EP 2", 4, ["parallel.ep_size=2"]),
-        # What chunks, balance and replicas do alone is tested on the exchange and the placement.
+        # Accumulating too. What chunks, balance and replicas do alone is tested on the exchange and the placement.
         ("two ranks, everything", 2, ["parallel.ep_size=2", *ALL]),
         ("four ranks, everything", 4, ["parallel.ep_size=4", *BALANCED, "parallel.replicas=6", "parallel.chunks=2"]),
     ],
