@@ -49,6 +49,10 @@ class ExpertModules(nn.Module):
         draws = (expert_weights(config, seed, layer, e) for e in range(config.num_experts))
         self.experts = nn.ModuleList(_Expert([weight.to(device, dtype) for weight in weights]) for weights in draws)
 
+    def describe_kernel(self) -> str:
+        """How the experts compute, as `FrozenExpertPool` says it."""
+        return "a module an expert"
+
     def forward(self, x_TD: torch.Tensor, gates_TK: torch.Tensor, expert_ids_TK: torch.Tensor) -> torch.Tensor:
         """(T, D): sum over a token's K experts of gate times output, in the dtype of `x_TD`."""
         y_TD = torch.zeros_like(x_TD)
