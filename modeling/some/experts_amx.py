@@ -45,7 +45,7 @@ def can_use_amx(weights: ExpertWeights) -> bool:
 
 
 def amx_experts(x_TD: torch.Tensor, gates_TK: torch.Tensor, rows: RoutedRows, weights: ExpertWeights) -> torch.Tensor:
-    """(T, D) gate-weighted sums in the dtype of `x_TD`, fp32 or bf16.
+    """(T, D) gate-weighted sums in the dtype of `x_TD`.
 
     Each expert's gated output is rounded to bf16, and a token's are summed in fp32 in the order of its experts.
     """
@@ -60,21 +60,26 @@ class _AmxExperts(torch.autograd.Function):
         x_in_TD, gates_N = x_TD.to(torch.bfloat16).contiguous(), rows.sort(gates_TK).float()
         keep = any(ctx.needs_input_grad)
         h_RF = x_in_TD.new_empty(sum(rows.rows_e), weights.w_down_eFD.shape[1]) if keep else None
-        y_TD = torch.empty(x_TD.shape, dtype=x_TD.dtype)
+        y_TD = torch.empty(x_TD.shape, dtype=_result_dtype(x_TD.dtype))
         _call("experts_forward", rows, weights, x_in_TD, gates_N, h_RF, y_TD, y_TD.dtype == torch.float32)
         ctx.save_for_backward(gates_N, h_RF)
         ctx.rows, ctx.weights, ctx.x_dtype = rows, weights, x_TD.dtype
-        return y_TD
+        return y_TD.to(x_TD.dtype)
 
     @staticmethod
     def backward(ctx, grad_y_TD):
         gates_N, h_RF = ctx.saved_tensors
         grad_in_TD = grad_y_TD.to(torch.bfloat16).contiguous()
-        grad_x_TD = torch.empty(grad_y_TD.shape, dtype=ctx.x_dtype)
+        grad_x_TD = torch.empty(grad_y_TD.shape, dtype=_result_dtype(ctx.x_dtype))
         grad_gates_N = torch.zeros_like(gates_N)
-        is_fp32 = ctx.x_dtype == torch.float32
+        is_fp32 = grad_x_TD.dtype == torch.float32
         _call("experts_backward", ctx.rows, ctx.weights, grad_in_TD, gates_N, h_RF, grad_x_TD, is_fp32, grad_gates_N)
-        return grad_x_TD, ctx.rows.unsort(grad_gates_N), None, None
+        return grad_x_TD.to(ctx.x_dtype), ctx.rows.unsort(grad_gates_N), None, None
+
+
+def _result_dtype(wanted: torch.dtype) -> torch.dtype:
+    """What the kernel writes for a wanted dtype: bf16, or fp32 for all others."""
+    return torch.bfloat16 if wanted == torch.bfloat16 else torch.float32
 
 
 class _Rows(ctypes.Structure):

@@ -129,6 +129,7 @@ def make_slots(tokens: int, experts: int, top_k: int, elsewhere: float, generato
         ("loop", torch.bfloat16, torch.bfloat16, 6e-3),
         ("amx", torch.bfloat16, torch.bfloat16, 6e-3),
         ("amx", torch.bfloat16, torch.float32, 5e-3),
+        ("amx", torch.bfloat16, torch.float16, 5e-3),
         ("grouped", torch.float32, torch.float32, 1e-6),
         ("grouped", torch.bfloat16, torch.bfloat16, 6e-3),
     ],
