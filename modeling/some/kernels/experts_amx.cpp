@@ -155,6 +155,21 @@ inline void weigh(const float* c0, const float* c1, float scale, const bf16* bia
     }
 }
 
+// 32 rows of weights times all groups of packed tokens; `use(group, tiles)` gets each group's products, 256 values of the first
+// 16 rows at `tiles` and of the others at `tiles + 512`.
+template <typename Use>
+inline void weights_by_tokens(const bf16* weights, int64_t width, const bf16* tokens, int64_t groups, const Use& use) {
+    alignas(64) float c[4 * 256];
+    for (int64_t group = 0; group < groups; group += 2) {
+        const bool both = group + 1 < groups;
+        const bf16* b = tokens + group * TILE * width;
+        if (both) multiply<2, 2>(weights, width, b, TILE * width, width / STEP, c);
+        else multiply<2, 1>(weights, width, b, TILE * width, width / STEP, c);
+        use(group, c);
+        if (both) use(group + 1, c + 256);
+    }
+}
+
 template <typename Weight>
 void forward_task(const Task& task, const Weights<Weight>& w, const bf16* x, const float* gates, const int64_t* tokens,
                   bf16* h, bf16* y) {
@@ -162,39 +177,24 @@ void forward_task(const Task& task, const Weights<Weight>& w, const bf16* x, con
     bf16* packed = task_scratch.get((TASK_ROWS + TILE) * (D + F) + std::max(D, F) * STEP);
     bf16* activations = packed + groups * TILE * D;
     bf16* buffer = activations + groups * TILE * F;
-    alignas(64) float c[4 * 256];
     const auto rows_of = [&](int64_t group) { return std::min(TILE, task.rows - group * TILE); };
 
     for (int64_t group = 0; group < groups; ++group)
         pack_tokens(x, tokens + task.first + group * TILE, rows_of(group), D, packed + group * TILE * D);
     for (int64_t f = 0; f < F; f += STEP) {
         const bf16* rows = as_bf16(w.down + f * D, STEP * D, buffer);
-        for (int64_t group = 0; group < groups; group += 2) {
-            const int64_t pair = std::min<int64_t>(2, groups - group);
-            const bf16* tokens_b = packed + group * TILE * D;
-            if (pair == 2) multiply<2, 2>(rows, D, tokens_b, TILE * D, D / STEP, c);
-            else multiply<2, 1>(rows, D, tokens_b, TILE * D, D / STEP, c);
-            for (int64_t g = group; g < group + pair; ++g) {
-                const float* tile = c + 256 * (g - group);
-                bf16* kept = h == nullptr ? nullptr : h + (task.first + g * TILE) * F + f;
-                activate(tile, tile + 512, w.scale_down, w.b_down + f, rows_of(g), F, kept,
-                         activations + g * TILE * F + f * TILE);
-            }
-        }
+        weights_by_tokens(rows, D, packed, groups, [&](int64_t group, const float* tiles) {
+            bf16* kept = h == nullptr ? nullptr : h + (task.first + group * TILE) * F + f;
+            activate(tiles, tiles + 512, w.scale_down, w.b_down + f, rows_of(group), F, kept,
+                     activations + group * TILE * F + f * TILE);
+        });
     }
     for (int64_t d = 0; d < D; d += STEP) {
         const bf16* rows = as_bf16(w.up + d * F, STEP * F, buffer);
-        for (int64_t group = 0; group < groups; group += 2) {
-            const int64_t pair = std::min<int64_t>(2, groups - group);
-            const bf16* active = activations + group * TILE * F;
-            if (pair == 2) multiply<2, 2>(rows, F, active, TILE * F, F / STEP, c);
-            else multiply<2, 1>(rows, F, active, TILE * F, F / STEP, c);
-            for (int64_t g = group; g < group + pair; ++g) {
-                const float* tile = c + 256 * (g - group);
-                const int64_t first = task.first + g * TILE;
-                weigh(tile, tile + 512, w.scale_up, w.b_up + d, gates + first, rows_of(g), D, y + first * D + d);
-            }
-        }
+        weights_by_tokens(rows, F, activations, groups, [&](int64_t group, const float* tiles) {
+            const int64_t first = task.first + group * TILE;
+            weigh(tiles, tiles + 512, w.scale_up, w.b_up + d, gates + first, rows_of(group), D, y + first * D + d);
+        });
     }
 }
 
@@ -246,6 +246,21 @@ inline void through_gelu(const float* c0, const float* c1, float scale, const bf
     }
 }
 
+// All groups of token rows times a panel of 32 columns of weights; `use(group, tiles)` gets each group's products, 256 values of
+// the panel's first tile at `tiles` and of its second at `tiles + 256`.
+template <typename Use>
+inline void tokens_by_weights(const bf16* tokens, int64_t width, const bf16* panel, int64_t groups, const Use& use) {
+    alignas(64) float c[4 * 256];
+    for (int64_t group = 0; group < groups; group += 2) {
+        const bool both = group + 1 < groups;
+        const bf16* a = tokens + group * TILE * width;
+        if (both) multiply<2, 2>(a, width, panel, width * TILE, width / STEP, c);
+        else multiply<1, 2>(a, width, panel, width * TILE, width / STEP, c);
+        use(group, c);
+        if (both) use(group + 1, c + 512);
+    }
+}
+
 template <typename Weight>
 void backward_task(const Task& task, const Weights<Weight>& w, const bf16* grad_y, const float* gates, const int64_t* tokens,
                    const bf16* h, bf16* grad_x, float* grad_gates) {
@@ -254,7 +269,6 @@ void backward_task(const Task& task, const Weights<Weight>& w, const bf16* grad_
     bf16* rows_h = rows_y + padded * D;
     float* gate_sums = reinterpret_cast<float*>(rows_h + padded * F);
     bf16* panel = rows_h + padded * (F + 2 * TILE);
-    alignas(64) float c[4 * 256];
     const auto rows_of = [&](int64_t group) { return std::min(TILE, task.rows - group * TILE); };
 
     // What is beyond the task's rows enters products whose results are not used; it must only not be invalid numbers.
@@ -274,38 +288,26 @@ void backward_task(const Task& task, const Weights<Weight>& w, const bf16* grad_
     touch(w.up, D * F);
     for (int64_t f = 0; f < F; f += STEP) {
         pack_weights(w.up + f, F, D, panel);
-        for (int64_t group = 0; group < groups; group += 2) {
-            const int64_t pair = std::min<int64_t>(2, groups - group);
-            if (pair == 2) multiply<2, 2>(rows_y + group * TILE * D, D, panel, D * TILE, D / STEP, c);
-            else multiply<1, 2>(rows_y + group * TILE * D, D, panel, D * TILE, D / STEP, c);
-            for (int64_t g = group; g < group + pair; ++g) {
-                const float* tile = c + 512 * (g - group);
-                const int64_t first = task.first + g * TILE;
-                through_gelu(tile, tile + 256, w.scale_up, h + first * F + f, gates + first, rows_of(g), F,
-                             gate_sums + g * TILE * 16, rows_h + g * TILE * F + f);
-            }
-        }
+        tokens_by_weights(rows_y, D, panel, groups, [&](int64_t group, const float* tiles) {
+            const int64_t first = task.first + group * TILE;
+            through_gelu(tiles, tiles + 256, w.scale_up, h + first * F + f, gates + first, rows_of(group), F,
+                         gate_sums + group * TILE * 16, rows_h + group * TILE * F + f);
+        });
     }
     for (int64_t row = 0; row < task.rows; ++row)
         grad_gates[task.first + row] = _mm512_reduce_add_ps(_mm512_load_ps(gate_sums + row * 16));
     touch(w.down, F * D);
     for (int64_t d = 0; d < D; d += STEP) {
         pack_weights(w.down + d, D, F, panel);
-        for (int64_t group = 0; group < groups; group += 2) {
-            const int64_t pair = std::min<int64_t>(2, groups - group);
-            if (pair == 2) multiply<2, 2>(rows_h + group * TILE * F, F, panel, F * TILE, F / STEP, c);
-            else multiply<1, 2>(rows_h + group * TILE * F, F, panel, F * TILE, F / STEP, c);
-            for (int64_t g = group; g < group + pair; ++g) {
-                const float* tile = c + 512 * (g - group);
-                bf16* target = grad_x + (task.first + g * TILE) * D + d;
-                const __m512 factor = _mm512_set1_ps(w.scale_down);
-                for (int64_t row = 0; row < rows_of(g); ++row) {
-                    const __m512 low = _mm512_mul_ps(_mm512_load_ps(tile + 16 * row), factor);
-                    const __m512 high = _mm512_mul_ps(_mm512_load_ps(tile + 256 + 16 * row), factor);
-                    _mm512_storeu_si512(target + row * D, join_columns(narrow(low, high)));
-                }
+        tokens_by_weights(rows_h, F, panel, groups, [&](int64_t group, const float* tiles) {
+            bf16* target = grad_x + (task.first + group * TILE) * D + d;
+            const __m512 factor = _mm512_set1_ps(w.scale_down);
+            for (int64_t row = 0; row < rows_of(group); ++row) {
+                const __m512 low = _mm512_mul_ps(_mm512_load_ps(tiles + 16 * row), factor);
+                const __m512 high = _mm512_mul_ps(_mm512_load_ps(tiles + 256 + 16 * row), factor);
+                _mm512_storeu_si512(target + row * D, join_columns(narrow(low, high)));
             }
-        }
+        });
     }
 }
 
