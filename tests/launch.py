@@ -2,11 +2,13 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
-from tests.distributed import free_port
+from tests.distributed import free_port, start_process
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SCRIPT = str(REPOSITORY / "trainer" / "run.py")
@@ -27,34 +29,38 @@ def launch(*arguments: str, ranks: int = 1, timeout: float = 240) -> subprocess.
     All ranks are ended when one fails, as launchers do.
     """
     port = str(free_port())
-    processes = []
-    for rank in range(ranks):
-        world = {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(ranks)}
-        variables = environment(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, **world) if ranks > 1 else environment()
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, SCRIPT, *arguments],
-                env=variables,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
-    try:
-        out, err = processes[0].communicate(timeout=timeout)
-        if processes[0].returncode == 0:
-            for process in processes[1:]:
-                process.wait(timeout=60)
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    code = (
-        next((p.returncode for p in processes if p.returncode), 0)
-        if processes[0].returncode == 0
-        else processes[0].returncode
-    )
-    return subprocess.CompletedProcess(arguments, code, out, err)
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder) / "out", Path(folder) / "err"
+        processes = []
+        for rank in range(ranks):
+            world = {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(ranks)}
+            variables = environment(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, **world) if ranks > 1 else environment()
+            files = (str(out), str(err)) if rank == 0 else (os.devnull, os.devnull)
+            processes.append(start_process(_command_line, arguments, variables, *files))
+        try:
+            processes[0].join(timeout)
+            if processes[0].exitcode == 0:
+                for process in processes[1:]:
+                    process.join(60)
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+        codes = [process.exitcode for process in processes]
+        code = codes[0] or next((code for code in codes if code), 0)
+        return subprocess.CompletedProcess(arguments, code, out.read_text("utf-8"), err.read_text("utf-8"))
+
+
+def _command_line(arguments: tuple[str, ...], variables: dict[str, str], out: str, err: str) -> None:
+    """This process becomes `python trainer/run.py ARGUMENTS`."""
+    os.environ.clear()
+    os.environ |= variables
+    for path, stream in ((out, sys.stdout), (err, sys.stderr)):
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
+        os.dup2(descriptor, stream.fileno())
+        os.close(descriptor)
+    sys.argv = [SCRIPT, *arguments]
+    runpy.run_path(SCRIPT, run_name="__main__")
 
 
 def succeed(*arguments: str, ranks: int = 1) -> str:
