@@ -10,7 +10,7 @@ from tests.launch import FP32, losses, records, succeed
 
 STEPS, STOP = 20, 10
 BALANCED = ["parallel.placement=balanced", "parallel.replan_every=4"]
-ALL = [*BALANCED, "parallel.replicas=auto", "parallel.chunks=3", "train.max_micro_batch=8"]
+ALL = [*BALANCED, "parallel.replicas=auto", "parallel.chunks=3", "train.max_micro_batch=4"]
 
 
 class Runs:
@@ -21,7 +21,7 @@ class Runs:
         self.common = [
             "--ds_config", FP32, "--experiment", "quickstart", "--set", f"data.cache_dir={cache_dir}",
             "--set", "data.train_documents=1500", "--set", "data.val_documents=40", "--set", "sample.tokens=0",
-            "--set", "parallel.check_every=5",
+            "--set", "parallel.check_every=5", "--set", "train.batch_size=16",
         ]  # fmt: skip
         self.done: dict[str, Path] = {}
 
@@ -58,7 +58,7 @@ def assert_same_curve(ours: list[float], theirs: list[float], exact: slice) -> N
 @pytest.mark.parametrize(
     ("name", "ranks", "settings"),
     [
-        ("one rank, accumulating", 1, ["train.max_micro_batch=8"]),
+        ("one rank, accumulating", 1, ["train.max_micro_batch=4"]),
         ("two ranks, EP 2", 2, ["parallel.ep_size=2"]),
         ("two ranks, EP 1", 2, ["parallel.ep_size=1"]),
         ("four ranks, EP 2", 4, ["parallel.ep_size=2"]),
