@@ -27,7 +27,7 @@ def free_port() -> int:
 def start_process(function: Callable[..., Any], *arguments: Any) -> BaseProcess:
     """A process of its own for `function(*arguments)`, with one thread unless it asks for more.
 
-    It is forked off a server that has imported the trainer and DeepSpeed once, which takes a process of its own some seconds.
+    It is forked off a server that has imported the trainer and DeepSpeed once, which would take it some seconds.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["trainer.run", "deepspeed"])
