@@ -35,6 +35,7 @@ from trainer.ds_config import load_ds_config
 from trainer.engine import Engine
 from trainer.metrics import accumulate_statistics
 from trainer.plan import GIB, Sharding, parts
+from trainer.usage import Usage
 
 ROWS = (16, 32, 64, 128, 512, 2048)
 COPIED, SENT = 2**27, 2**23
@@ -84,7 +85,7 @@ def calibrate(experiment: Experiment, ds_config: str, base: Machine, path: Path)
         machine = replace(machine, step_us=1e6 * fixed)
         measured = measure_steps(experiment, layout, config, sharding, device)
         cluster = Cluster(machine, launch.world_size // launch.local_world_size, launch.local_world_size, sharding)
-        planned = evaluate(experiment, cluster, measured.usage_LE, layout, "contiguous", 0)
+        planned = evaluate(experiment, cluster, Usage(measured.usage_LE, is_measured=True), layout, "contiguous", 0)
         if launch.rank == 0:
             path.write_text(yaml.safe_dump(dataclasses.asdict(machine), sort_keys=False), encoding="utf-8")
             print(compare(planned, measured))

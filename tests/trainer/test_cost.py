@@ -40,27 +40,44 @@ def test_experts_that_nobody_used_share_what_is_left():
 @pytest.mark.parametrize("exponent", [0, 0.6, 1.5])
 @pytest.mark.parametrize(("experts", "ranks"), [(6, 2), (6, 3), (8, 4), (4, 4)])
 def test_imbalance_bounds_the_best_placement(experts, ranks, exponent):
-    shares_E = read_usage(f"zipf:{exponent}", 1, experts, 1)[0]
+    shares_E = read_usage(f"zipf:{exponent}", 1, experts, 1).shares_LE[0]
     size = experts // ranks
 
     def load(order) -> float:
         return ranks * max(sum(shares_E[e] for e in order[r * size : (r + 1) * size]) for r in range(ranks))
 
     best = min(load(order) for order in itertools.permutations(range(experts)))
-    contiguous = imbalance(shares_E, ranks, "contiguous", 0)
+    contiguous, bound, planned = (
+        imbalance(shares_E, ranks, *how) for how in (("contiguous", 0, True), ("balanced", 0, False), ("balanced", 0, True))
+    )
     assert contiguous == pytest.approx(load(range(experts)))
-    assert 1 <= imbalance(shares_E, ranks, "balanced", 0) <= best + 1e-9 <= contiguous + 2e-9
+    assert 1 <= bound <= best + 1e-9 <= planned + 2e-9 <= contiguous + 3e-9
 
 
 def test_replicas_go_where_the_load_is():
     shares_E = np.array([0.5, 0.3, 0.1, 0.1])
-    bounds = [imbalance(shares_E, 4, "balanced", copies) for copies in range(4)]
+    bounds = [imbalance(shares_E, 4, "balanced", copies, False) for copies in range(4)]
     assert bounds == pytest.approx([2.0, 1.2, 1.0, 1.0])
-    assert imbalance(np.array([0.97, 0.01, 0.01, 0.01]), 4, "balanced", 50) == 1.0
+    assert imbalance(np.array([0.97, 0.01, 0.01, 0.01]), 4, "balanced", 50, False) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("loads", "ranks", "planned", "bound"),
+    [
+        ([5, 3, 1, 1], 4, 5 / 2.5, 5 / 2.5),  # one expert a rank
+        ([4, 3, 2, 1], 2, 5 / 5, 1),  # 4 + 1 and 3 + 2
+        ([3, 3, 2, 2, 2, 0], 2, 7 / 6, 1),  # longest first: 3 + 2 + 2 and 3 + 2 + 0; no expert is hotter than a rank's share
+        ([10, 7, 8, 8, 8, 7], 3, 17 / 16, 1),  # good enough in blocks: nothing moves
+    ],
+)
+def test_of_measured_shares_the_plan_is_known(loads, ranks, planned, bound):
+    shares_E = np.array(loads) / sum(loads)
+    assert imbalance(shares_E, ranks, "balanced", 0, is_measured=True) == pytest.approx(planned)
+    assert imbalance(shares_E, ranks, "balanced", 0, is_measured=False) == pytest.approx(bound)
 
 
 def test_zipf_is_as_steep_as_it_says():
-    usage_LE = read_usage("zipf:0.6", 3, 128, 4)
+    usage_LE = read_usage("zipf:0.6", 3, 128, 4).shares_LE
     assert usage_LE.shape == (3, 128) and np.allclose(usage_LE.sum(1), 1)
     ranked = np.sort(usage_LE, axis=1)[:, ::-1]
     assert np.allclose(ranked[:, 0] / ranked[:, 15], 16**0.6)
@@ -83,7 +100,7 @@ def deploy(ep_size=1, ranks=16, near=8, micro=2, accumulation=1, **changes) -> D
 def b3(*settings: str):
     experiment = load_experiment("b3", list(settings))
     some = experiment.model.some
-    return experiment, read_usage("zipf:0.6", experiment.model.num_layers, some.num_experts, some.top_k)
+    return experiment, read_usage("zipf:0.6", experiment.model.num_layers, some.num_experts, some.top_k).shares_LE
 
 
 def test_experts_one_by_one():
