@@ -170,7 +170,7 @@ def memory(experiment: Experiment, deployment: Deployment) -> Memory:
         gradients=gradients,
         optimizer=0 if how.offload else 12 * trained // N,
         activations=T * (saved_bytes_per_token(model, deployment) + _intermediate_bytes_per_token(model, w)),
-        exchange=int(T * _exchange_bytes_per_token(deployment, D, E, K, w)) if P > 1 else 0,
+        exchange=int(T * exchange_bytes_per_token(deployment, D, E, K, w)) if P > 1 else 0,
         keys=has_some * (L * 4 * E * (D + 3) + sums),
     )
 
@@ -228,7 +228,7 @@ def _intermediate_bytes_per_token(model: ModelConfig, width: int) -> int:
     return max(model.vocab_size * width, scores)
 
 
-def _exchange_bytes_per_token(deployment: Deployment, D: int, E: int, K: int, width: int) -> float:
+def exchange_bytes_per_token(deployment: Deployment, D: int, E: int, K: int, width: int) -> float:
     """Copies out and back (own ones too), those received with their fp32 sum, and the fp32 sum of what returns."""
     copies = distinct_ranks(K, deployment.layout.ep_size, E)
     received = min(copies * deployment.imbalance, deployment.layout.ep_size)
