@@ -155,6 +155,9 @@ def memory(experiment: Experiment, deployment: Deployment) -> Memory:
     T = deployment.layout.micro_batch * model.max_seq_len
     pooled, expert = num_pool_parameters(model), expert_bytes(model, w)
 
+    # The grouped products of GPUs read bf16: matrices on a grid exist in both for as long as a layer runs.
+    expanded = deployment.device == "cuda" and has_some and some.expert_grid != "none"
+    held = -(-(E + deployment.replicas) // P)
     trained = counts.trainable
     if how.stage == 1 or how.offload:
         # Whole gradients until the last micro batch, then this rank's part in fp32.
@@ -165,11 +168,12 @@ def memory(experiment: Experiment, deployment: Deployment) -> Memory:
     # The sums of a step, and one more layer's pair counts while they are made (int64 and int32).
     sums = L * 4 * (E * K + E * E + K * E * D + E) + 12 * E * E
     return Memory(
-        pool=L * -(-(E + deployment.replicas) // P) * expert if has_some else pooled * w,
+        pool=L * held * expert if has_some else pooled * w,
         core=w * (counts.total - pooled) + 4 * model.max_seq_len * D,
         gradients=gradients,
         optimizer=0 if how.offload else 12 * trained // N,
-        activations=T * (saved_bytes_per_token(model, deployment) + _intermediate_bytes_per_token(model, w)),
+        activations=T * (saved_bytes_per_token(model, deployment) + _intermediate_bytes_per_token(model, w))
+        + expanded * held * 2 * D * some.d_ffn * w,
         exchange=int(T * exchange_bytes_per_token(deployment, D, E, K, w)) if P > 1 else 0,
         keys=has_some * (L * 4 * E * (D + 3) + sums),
     )
@@ -186,7 +190,7 @@ def expert_bytes(model: ModelConfig, width: int) -> int:
     """What one expert of a SoME layer takes: biases in compute precision, matrices too or, on a grid, one byte a weight."""
     some = model.some
     biases = model.d_model + some.d_ffn
-    return width * biases + (1 if some.expert_grid == "int8" else width) * (some.num_expert_parameters() - biases)
+    return width * biases + (width if some.expert_grid == "none" else 1) * (some.num_expert_parameters() - biases)
 
 
 def most_replicas(experiment: Experiment, ep_size: int) -> int:
