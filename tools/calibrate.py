@@ -307,12 +307,14 @@ def measure_steps(
             ids_BS = torch.randint(experiment.model.vocab_size, (layout.micro_batch, S), generator=generator).to(device)
             everything_BS = torch.ones_like(ids_BS, dtype=torch.bool)
             out = engine.forward(ids_BS, everything_BS, targets_BS=ids_BS)
-            engine.backward(out.losses_T.sum() / (experiment.train.batch_size * S))
+            loss = out.losses_T.sum() / (experiment.train.batch_size * S)
             real_T, numbers_T = everything_BS.flatten(), torch.arange(ids_BS.numel(), device=device)
             # Distinct over ranks is enough for a respawn.
             sums = accumulate_statistics(sums, out.routing, stores, real_T, numbers_T + dist.get_rank() * len(numbers_T))
             for layer, record in enumerate(out.routing):
                 counts_LE[layer] += torch.bincount(record.expert_ids_TK.flatten(), minlength=E)
+            del out, record
+            engine.backward(loss)
             engine.end_micro_batch(experiment.train.learning_rate)
         update_key_stores(stores, sums, dist.group.WORLD)
         _wait(device)

@@ -172,8 +172,7 @@ def memory(experiment: Experiment, deployment: Deployment) -> Memory:
         core=w * (counts.total - pooled) + 4 * model.max_seq_len * D,
         gradients=gradients,
         optimizer=0 if how.offload else 12 * trained // N,
-        activations=T * (saved_bytes_per_token(model, deployment) + _intermediate_bytes_per_token(model, w))
-        + expanded * held * 2 * D * some.d_ffn * w,
+        activations=T * _activation_bytes_per_token(model, deployment) + expanded * held * 2 * D * some.d_ffn * w,
         exchange=int(T * exchange_bytes_per_token(deployment, D, E, K, w)) if P > 1 else 0,
         keys=has_some * (L * 4 * E * (D + 3) + sums),
     )
@@ -200,7 +199,7 @@ def most_replicas(experiment: Experiment, ep_size: int) -> int:
 
 
 def saved_bytes_per_token(model: ModelConfig, deployment: Deployment) -> int:
-    """What autograd keeps of one token from the forward for the backward, all layers, at the busiest rank."""
+    """What is kept of one token from the forward, all layers, at the busiest rank, for the backward and the key stores."""
     D, V, L, some, w = model.d_model, model.vocab_size, model.num_layers, model.some, deployment.sharding.width
     K, hidden = some.top_k, some.router_hidden
     # Per block: the inputs of both norms, of qkv and of attention's output map; norm statistics.
@@ -213,7 +212,7 @@ def saved_bytes_per_token(model: ModelConfig, deployment: Deployment) -> int:
             # The query before normalisation and its norm; the mlp's activation before GELU. Trained maps keep their inputs.
             block += 4 * D + 8 + hidden * w * (some.router == "mlp")
             block += (D + hidden * (some.router == "mlp")) * w * some.train_router
-        # Queries in the order of real tokens wait for the key update; ids, gates and sorted rows.
+        # Queries in the order of real tokens wait for their sums; ids, gates and sorted rows.
         block += 4 * D + 36 * K
         block += int(K * some.d_ffn * w * deployment.imbalance)
     elif model.channel_mixer == "dense":
@@ -226,10 +225,14 @@ def saved_bytes_per_token(model: ModelConfig, deployment: Deployment) -> int:
     return L * block + final_norm + D * w + V * w + 8
 
 
-def _intermediate_bytes_per_token(model: ModelConfig, width: int) -> int:
-    """The largest values of one token that live besides what is saved: logits, or scores of all keys and their gradient."""
-    scores = 8 * model.some.num_experts if model.channel_mixer == "some" and model.some.routing == "learned" else 0
-    return max(model.vocab_size * width, scores)
+def _activation_bytes_per_token(model: ModelConfig, deployment: Deployment) -> int:
+    """What is saved, but of what does not live at the same time the largest: queries of all layers until their sums are
+    taken, before the backward; logits; scores of all keys and their gradient."""
+    has_some = model.channel_mixer == "some"
+    queries = has_some * model.num_layers * 4 * model.d_model
+    scores = 8 * model.some.num_experts if has_some and model.some.routing == "learned" else 0
+    largest = max(queries, model.vocab_size * deployment.sharding.width, scores)
+    return saved_bytes_per_token(model, deployment) - queries + largest
 
 
 def exchange_bytes_per_token(deployment: Deployment, D: int, E: int, K: int, width: int) -> float:
