@@ -12,7 +12,7 @@ from modeling.key_rules import KeyRules
 ROUTERS = ("linear", "mlp")
 ROUTER_INITS = ("torch", "normal")
 ROUTINGS = ("learned", "hash", "shared")
-EXPERT_GRIDS = ("none", "int8")
+EXPERT_GRIDS = ("none", "int8", "fp8")
 EXPERT_BIASES = ("zero", "torch")
 CHANNEL_MIXERS = ("some", "dense", "frozen_dense", "none")
 EXPERT_INITS = ("default", "orthogonal", "sparse")
@@ -49,7 +49,8 @@ class SoMEConfig:
     """Distribution of the experts' weights: `default`, `orthogonal` or `sparse`."""
     expert_grid: str = "none"
     """`int8`: draw the matrices as whole numbers of 8 bits times a power of two, with the variance of the `default` init,
-    and keep them in one byte a weight. Nothing is approximated: bf16 and fp32 hold these values exactly."""
+    and keep them in one byte a weight; `fp8`: as values of E4M3 times a power of two, meant for GPUs (on CPUs the fused
+    kernel does not read it). Nothing is approximated: bf16 and fp32 hold these values exactly."""
     expert_bias: str = "zero"
     """Biases of the experts: `zero` or `torch` (drawn like those of torch's linear layers, as in v1.1 and v2.2)."""
     expert_gain: float = 1.0

@@ -2,25 +2,29 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from modeling.some import KeyRules, KeyStore
+from tests.distributed import run_ranks
+from tests.training import make_trainer, train
 from tools import balance
 from trainer.checkpoint import RunState, save_checkpoint
 from trainer.config import load_experiment
 from trainer.engine import CoreState
 
-SETTINGS = ["model.num_layers=2", "model.d_model=16", "model.num_heads=2", "model.some.d_ffn=8"]
+SETTINGS = ["model.num_layers=2", "model.d_model=16", "model.num_heads=2", "model.some.d_ffn=8", "model.vocab_size=300",
+            "data.train_documents=64", "data.val_documents=8", "data.tokenizer_documents=null"]  # fmt: skip
 # Blocks of four: the first has half of all load; two experts have most of it.
 USAGE_LE = [[8.0, 8.0, 0.0, 0.0] + [4 / 3] * 12, [1.0] * 16]
 
 
 @pytest.fixture
-def make_run(tmp_path):
+def make_run(tmp_path, cache_dir):
     def make(usage_LE: list[list[float]], *settings: str) -> str:
-        experiment = load_experiment("quickstart", [*SETTINGS, *settings])
+        experiment = load_experiment("quickstart", [*SETTINGS, f"data.cache_dir={cache_dir}", *settings])
         core = CoreState({"w": torch.ones(1)}, {name: {"w": torch.ones(1)} for name in ("exp_avg", "exp_avg_sq")}, 1)
         state = RunState(7, 0, 9, "bf16", experiment.to_dict(), {}, "d", "t")
         stores = [KeyStore(16, 16, 2, KeyRules()) for _ in usage_LE]
@@ -64,6 +68,31 @@ def test_table_names_every_way(make_run, monkeypatch, capsys):
     ]
 
 
+def _train(rank: int, folder: str, cache_dir: str) -> None:
+    small = ["model.d_model=32", "model.num_layers=2", "model.num_heads=2", "model.vocab_size=300", "model.max_seq_len=32",
+             "model.some.d_ffn=64", "train.batch_size=8", "train.max_micro_batch=2", "train.steps=2",
+             "data.train_documents=64", "data.val_documents=8", "data.tokenizer_documents=null",
+             f"data.cache_dir={cache_dir}", "log.tensorboard=false"]  # fmt: skip
+    train(make_trainer(Path(folder), "quickstart", small), 2)
+
+
+def test_time_replays_the_routing_of_the_trained_model(tmp_path, cache_dir, monkeypatch, capsys):
+    run_ranks(_train, 1, str(tmp_path / "run"), str(cache_dir))
+    call(monkeypatch, str(tmp_path / "run"), "--ranks", "2", "--replicas", "3", "--time", "--repeats", "2", "--json")
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [row["placement"] for row in rows] == ["contiguous", "balanced", "balanced, replicas 3"]
+    for row in rows:
+        assert 0 < row["ms_min"] <= row["ms"] <= row["ms_max"]
+        # What the ranks hold is what the plans say; they have as many slots a rank in every layer.
+        assert row["held_bytes_a_rank"] == row["pool_bytes_a_rank"]
+    assert rows[0]["held_bytes_a_rank"] == 2 * 8 * 4 * (2 * 32 * 64 + 32 + 64)
+    call(monkeypatch, str(tmp_path / "run"), "--ranks", "2")
+    assert " ms a step" not in capsys.readouterr().out
+    with pytest.raises(SystemExit) as refused:
+        call(monkeypatch, str(tmp_path / "run"), "--ranks", "16", "--time")
+    assert refused.value.code == 2 and "train.batch_size = 8 does not divide over 16 ranks" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("usage_LE", "settings", "arguments", "message"),
     [
@@ -74,6 +103,13 @@ def test_table_names_every_way(make_run, monkeypatch, capsys):
             "ep_size = 3 does not divide model.some.num_experts = 16; sizes that do: 1, 2, 4, 8, 16",
         ),
         (USAGE_LE, [], ["--replicas", "some"], "--replicas some: is neither a number nor auto; give one of them"),
+        (USAGE_LE, [], ["--time", "--repeats", "0"], "--repeats 0: must be at least 1"),
+        (
+            USAGE_LE,
+            [],
+            ["--time"],
+            "data.path = None: the run was trained on other data; name its place with",
+        ),
         (USAGE_LE, [], ["--ranks", "2", "--replicas", "17"], "--replicas 17: 2 ranks have room for 0 to 16; give a number"),
         ([[0.0] * 16] * 2, [], [], "no tokens were counted up to step 7; give a checkpoint of a trained model"),
         ([], ["control=attention_only"], [], "model.channel_mixer = none has no experts; give a SoME model's run"),

@@ -205,19 +205,26 @@ def test_update(capsys):
 
 
 def test_exchange(capsys):
-    rows, notes = figures(capsys, "exchange", "--tokens", "64", "--experts", "8", *LAYER)
-    one, ranks, *parts = rows
-    by_name = {row["contender"].strip(): row for row in parts}
-    assert list(by_name) == ["metadata", "dispatch", "compute", "combine"]
-    # Tokens travel once to each rank that has any of their experts, there and back: counted, and from the routing.
-    for part in ("dispatch", "combine"):
-        assert by_name[part]["MB"] == by_name[part]["MB_least"] > 0
-    assert by_name["metadata"]["MB"] > 0
-    assert ranks["MB"] == pytest.approx(sum(row.get("MB", 0) for row in parts))
-    assert ranks["x_one"] == pytest.approx(ranks["ms"] / one["ms"])
+    """Whole and in three chunks: the same tokens travel, and more counts of copies."""
+    rows, notes = figures(capsys, "exchange", "--tokens", "64", "--experts", "8", "--chunks", "1", "3", *LAYER)
+    one, *over_ranks = rows
+    metadata = []
+    for chunks, (ranks, *parts) in zip((1, 3), (over_ranks[:5], over_ranks[5:]), strict=True):
+        assert {row["chunks"] for row in (ranks, *parts)} == {chunks}
+        by_name = {row["contender"].strip(): row for row in parts}
+        assert list(by_name) == ["metadata", "dispatch", "compute", "combine"]
+        # Tokens travel once to each rank that has any of their experts, there and back: counted, and from the routing.
+        for part in ("dispatch", "combine"):
+            assert by_name[part]["MB"] == by_name[part]["MB_least"] > 0
+        metadata.append(by_name["metadata"]["MB"])
+        assert ranks["MB"] == pytest.approx(sum(row.get("MB", 0) for row in parts))
+        assert ranks["x_one"] == pytest.approx(ranks["ms"] / one["ms"])
+    # Two more numbers of 8 bytes from each of two ranks to the other.
+    assert metadata[1] - metadata[0] == pytest.approx(2 * 2 * 8 / 1e6)
     assert all(row["ms"] > 0 for row in rows)
-    agreement = next(note for note in notes if "outputs agree" in note)
-    assert float(agreement.split(" to ")[1].split()[0]) < 1e-6
+    agreements = [note for note in notes if "outputs agree" in note]
+    assert len(agreements) == 2
+    assert all(float(note.split(" to ")[1].split()[0]) < 1e-6 for note in agreements)
 
 
 def test_step(capsys):
@@ -276,6 +283,7 @@ def test_without_a_subcommand_layer_and_update_run(monkeypatch, tmp_path, capsys
         ("exchange --ranks 1", "--ranks 1"),
         ("exchange --tokens 7", "--tokens 7"),
         ("exchange --experts 9", "--experts 9"),
+        ("exchange --chunks 2 0", "--chunks 0"),
         ("step --steps 2", "--steps 2"),
         ("step --set model.nonsense=1", "model.nonsense"),
         ("startup --experiment nothing", "--experiment nothing"),

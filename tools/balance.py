@@ -1,15 +1,18 @@
 """How evenly a trained model's experts would load 2, 4 or 8 ranks: as blocks of ids, balanced, and with replicas.
 
     python tools/balance.py RUN_DIR|CHECKPOINT [--ranks 2 4 8] [--replicas auto|N] [--json]
+    python tools/balance.py RUN_DIR|CHECKPOINT --ranks 2 4 --time        # and how long the layers take
 
 Reads the usage that the key stores of a checkpoint keep, makes the plans that `parallel.placement = balanced` would make
-from it, and prints the load of the busiest rank over the mean, with the memory of the pool beside it.
+from it, and prints the load of the busiest rank over the mean, with the memory of the pool beside it. With --time, ranks on
+this machine's cores replay how the trained model routes its next batch (`tools/balance_time.py`).
 """
 
 import argparse
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -21,10 +24,14 @@ from safetensors.torch import load_file
 
 from modeling.some.balance import plan
 from modeling.some.placement import Placement
+from tools.balance_time import Replay, time_ways
+from tools.bench_table import BenchmarkFailed, spread
+from tools.runs import EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED, stop_on_signals
 from trainer.checkpoint import KEYS, newest_checkpoint, read_state
-from trainer.config import experiment_from_dict
+from trainer.config import Experiment, experiment_from_dict
+from trainer.data import check_source, open_data, prepare_data
+from trainer.plan import GIB, expert_bytes
 
-GIB = 2**30
 RANKS = (2, 4, 8)
 
 
@@ -38,27 +45,48 @@ def main() -> None:
     parser.add_argument(
         "--replicas", default="auto", metavar="auto|N", help="copies a layer in the last row (default: auto)"
     )
+    parser.add_argument("--time", action="store_true", help="also time the layers on that many ranks of this machine")
+    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="with --time: counted turns (default 5)")
+    parser.add_argument("--data_path", metavar="PATH", help="with --time: where the run's data lies now (data.path)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     arguments = parser.parse_args()
     try:
-        figures = measure(arguments.checkpoint, arguments.ranks, _replicas(arguments.replicas))
-    except ValueError as error:
+        with stop_on_signals():
+            figures = measure(
+                arguments.checkpoint,
+                arguments.ranks,
+                _replicas(arguments.replicas),
+                _repeats(arguments.repeats) if arguments.time else 0,
+                arguments.data_path,
+            )
+    except (ValueError, BenchmarkFailed) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(EXIT_REFUSED if isinstance(error, ValueError) else EXIT_FAILED)
+    except KeyboardInterrupt:
+        sys.exit(EXIT_STOPPED)
     print(json.dumps(figures, indent=1) if arguments.json else table(figures))
 
 
-def measure(path: Path, ranks: list[int] | None = None, replicas: int | str = "auto") -> dict[str, Any]:
+def measure(
+    path: Path,
+    ranks: list[int] | None = None,
+    replicas: int | str = "auto",
+    repeats: int = 0,
+    data_path: str | None = None,
+) -> dict[str, Any]:
     """What the table shows, and the figures of every layer.
 
     Args:
         path: a run's folder or a checkpoint's.
         ranks: numbers of ranks that share a pool; None = those of `RANKS` that divide the experts.
         replicas: as `parallel.replicas`.
+        repeats: turns in which the layers are timed; 0 = they are not.
+        data_path: `data.path` of the text that they are timed on; None = the checkpoint's.
 
     Raises:
-        ValueError: no checkpoint, a model without experts, one that has not trained, ranks that do not divide the experts,
-            more replicas than there is room for.
+        ValueError: no checkpoint, a model without experts, one that has not trained, ranks that do not divide the experts
+            (for timing: or the batch), more replicas than there is room for, data that is not the checkpoint's.
+        BenchmarkFailed: a rank ended early.
     """
     folder = path if (path / "state.json").exists() else newest_checkpoint(path / "checkpoints") or newest_checkpoint(path)
     if folder is None:
@@ -71,7 +99,8 @@ def measure(path: Path, ranks: list[int] | None = None, replicas: int | str = "a
     load_LE = [stores[f"{layer}/usage"].tolist() for layer in range(model.num_layers)]
     if not all(any(load_E) for load_E in load_LE):
         raise ValueError(f"{folder}: no tokens were counted up to step {state.step}; give a checkpoint of a trained model")
-    E, expert_bytes = some.num_experts, some.num_expert_parameters() * (2 if state.precision == "bf16" else 4)
+    E, size = some.num_experts, expert_bytes(model, 2 if state.precision == "bf16" else 4)
+    data = _data(experiment, data_path, state.data_fingerprint) if repeats else None
     rows = []
     for P in ranks or [P for P in RANKS if E % P == 0]:
         contiguous = Placement.contiguous(E, P)
@@ -85,10 +114,13 @@ def measure(path: Path, ranks: list[int] | None = None, replicas: int | str = "a
             "balanced": lambda load_E, start=contiguous: plan(load_E, 0, start),
             f"balanced, replicas {replicas}": lambda load_E, start=contiguous: plan(load_E, replicas, start),
         }
-        for name, way in ways.items():
-            rows.append(
-                {"ranks": P, "placement": name, **_figures([way(load_E) for load_E in load_LE], load_LE, expert_bytes)}
-            )
+        placements = {name: [way(load_E) for load_E in load_LE] for name, way in ways.items()}
+        times = time_ways(Replay.of(folder, experiment, data, P, placements), P, repeats) if repeats else {}
+        for name, chosen in placements.items():
+            row = {"ranks": P, "placement": name, **_figures(chosen, load_LE, size)}
+            if repeats:
+                row |= {**spread(times[name].milliseconds), "held_bytes_a_rank": times[name].held_bytes}
+            rows.append(row)
     return {"checkpoint": str(folder), "experiment": experiment.name, "step": state.step, "experts": E, "rows": rows}
 
 
@@ -106,19 +138,40 @@ def _figures(placements: list[Placement], load_LE: list[list[float]], expert_byt
 
 def table(figures: dict[str, Any]) -> str:
     """Markdown."""
+    timed = "ms" in figures["rows"][0]
+    columns = ["ranks", "placement", "mean of layers", "worst layer", "replicas a layer", "pool a rank, GiB"]
+    columns += ["experts and exchange, ms a step (min to max)"] * timed
     lines = [
         f"{figures['experiment']}, step {figures['step']}, {figures['experts']} experts a layer: "
         f"load of the busiest rank over the mean",
         "",
-        "| ranks | placement | mean of layers | worst layer | replicas a layer | pool a rank, GiB |",
-        "|---|---|---|---|---|---|",
+        f"| {' | '.join(columns)} |",
+        "|---" * len(columns) + "|",
     ]
     for row in figures["rows"]:
+        time = f" {row['ms']:,.1f} ({row['ms_min']:,.1f} to {row['ms_max']:,.1f}) |" if timed else ""
         lines.append(
             f"| {row['ranks']} | {row['placement']} | {row['load_max_over_mean']:.3f} | {row['worst_layer']:.3f} "
-            f"| {row['replicas']:.1f} | {row['pool_bytes_a_rank'] / GIB:.3f} |"
+            f"| {row['replicas']:.1f} | {row['pool_bytes_a_rank'] / GIB:.3f} |{time}"
         )
     return "\n".join(lines)
+
+
+def _data(experiment: Experiment, path: str | None, fingerprint: str) -> Path:
+    """The tokenised data that the checkpoint was trained on."""
+    data, model = experiment.data, experiment.model
+    data = data if path is None else replace(data, path=path)
+    check_source(data)
+    folder = prepare_data(data, model.vocab_size, model.max_seq_len, experiment.seed)
+    if open_data(folder).fingerprint != fingerprint:
+        raise ValueError(f"data.path = {data.path}: the run was trained on other data; name its place with --data_path")
+    return folder
+
+
+def _repeats(number: int) -> int:
+    if number < 1:
+        raise ValueError(f"--repeats {number}: must be at least 1")
+    return number
 
 
 def _replicas(text: str) -> int | str:

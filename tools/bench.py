@@ -44,12 +44,16 @@ class Benchmark:
     """Default number of training steps of a run; None = not to choose."""
     repeats: int = 5
     """Default number of counted turns."""
+    has_chunks: bool = False
+    """Whether it can cut what travels into chunks."""
 
 
 BENCHMARKS = {
     "layer": Benchmark(bench_layer, "forward and backward of a layer", experts=[64, 512]),
     "update": Benchmark(bench_update, "the key update after a step", experts=[64, 512]),
-    "exchange": Benchmark(bench_exchange, "a layer whose experts are spread over ranks", experts=[64], ranks=2),
+    "exchange": Benchmark(
+        bench_exchange, "a layer whose experts are spread over ranks", experts=[64], ranks=2, has_chunks=True
+    ),
     "step": Benchmark(bench_step, "training steps of an experiment", ranks=1, steps=12, repeats=2),
     "startup": Benchmark(bench_startup, "from the command to the end of the first step", ranks=1, repeats=3),
     "memory": Benchmark(bench_memory, "the largest resident size of a rank", ranks=1, steps=4, repeats=1),
@@ -108,6 +112,8 @@ def add_flags(add: Callable, benchmark: Benchmark) -> None:
         add("--d_model", type=int, default=512, metavar="D", help="width (default 512)")
         add("--d_ffn", type=int, default=1024, metavar="F", help="hidden width of an expert (default 1024)")
         add("--dtype", choices=list(DTYPES), default="bf16", help="of experts and inputs (default bf16)")
+        if benchmark.has_chunks:
+            add("--chunks", type=int, nargs="+", default=[1], metavar="C", help="parallel.chunks (default 1)")
         return
     add("--experiment", default="quickstart", metavar="NAME|FILE.yaml", help="what to train (default quickstart)")
     add("--set", action="append", default=[], metavar="a.b=c", help="change one key of the experiment")
@@ -148,7 +154,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def check(arguments: argparse.Namespace) -> None:
     """Refuse numbers below one."""
-    for name in ("repeats", "ranks", "tokens", "experts", "top_k", "d_model", "d_ffn", "steps"):
+    for name in ("repeats", "ranks", "tokens", "experts", "top_k", "d_model", "d_ffn", "chunks", "steps"):
         values = getattr(arguments, name, [])
         for value in values if isinstance(values, list) else [values]:
             if value < 1:

@@ -1,21 +1,17 @@
 """What expert parallelism costs: ranks that exchange tokens, beside one process that holds every expert, on the same tokens.
 
-The ranks are processes with one thread each, gloo between them; the one process has as many threads. They take turns: who
-is not measured waits on a pipe.
+The ranks are processes with one thread each, gloo between them; the one process has as many threads. They take turns, and
+so do the numbers of chunks in which tokens travel.
 
 Shapes: T tokens in all, D width, K experts a token, P ranks.
 """
 
 import argparse
-import multiprocessing
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import timedelta
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -24,11 +20,11 @@ import torch.distributed as dist
 
 from modeling.some import SoMEConfig, SoMELayer
 from tools.bench_layer import DTYPES, conditions_of, configs_of, some_layer
-from tools.bench_table import SPREAD, BenchmarkFailed, Table, spread
+from tools.bench_ranks import ask, started
+from tools.bench_table import SPREAD, Table, spread
 
 CPU = torch.device("cpu")
 PARTS = ("metadata", "dispatch", "combine")
-SECONDS_TO_ANSWER = 300
 
 
 @dataclass(frozen=True)
@@ -148,14 +144,18 @@ def bench_exchange(arguments: argparse.Namespace) -> Table:
     table = Table(
         "exchange",
         {**conditions_of(arguments, "forward + backward"), "device": "cpu", "threads": ranks},
-        {"contender": "", "experts": "d", "tokens": "d", **SPREAD, "x_one": ".2f", "MB": ".3f", "MB_least": ".3f"},
-    )
+        {
+            "contender": "", "experts": "d", "tokens": "d", "chunks": "d", **SPREAD,
+            "x_one": ".2f", "MB": ".3f", "MB_least": ".3f",
+        },
+    )  # fmt: skip
     threads = torch.get_num_threads()
     torch.set_num_threads(ranks)
     try:
         for config in configs:
             for tokens in arguments.tokens:
-                _measure(Task(config, tokens, DTYPES[arguments.dtype], ranks), arguments.repeats, table)
+                task = Task(config, tokens, DTYPES[arguments.dtype], ranks)
+                _measure(task, arguments.chunks, arguments.repeats, table)
     finally:
         torch.set_num_threads(threads)
     table.notes += [
@@ -166,40 +166,45 @@ def bench_exchange(arguments: argparse.Namespace) -> Table:
     return table
 
 
-def _measure(task: Task, repeats: int, table: Table) -> None:
+def _measure(task: Task, chunk_numbers: list[int], repeats: int, table: Table) -> None:
     """Add the rows of one size."""
     layer, (x_1TD, grad_1TD) = task.layer(None), task.batch(0, 1)
-    alone, records = [], []
-    with _started(task) as pipes:
+    alone: list[float] = []
+    answers_of: dict[int, list[list[dict[str, Any]]]] = {chunks: [] for chunks in chunk_numbers}
+    with started(task.ranks, _serve, task) as pipes:
         for turn in range(repeats + 1):
             began = time.perf_counter()
             y_1TD = _forward_backward(layer, x_1TD, grad_1TD)
             milliseconds = 1e3 * (time.perf_counter() - began)
-            answers = _ask(pipes, "step")
+            answers = {chunks: ask(pipes, ("step", chunks)) for chunks in chunk_numbers}
             if turn:
                 alone.append(milliseconds)
-                records.append(answers)
-        outputs_TD = torch.cat([torch.from_numpy(answer) for answer in _ask(pipes, "output")])
-        least = sum(_ask(pipes, "copies")) * task.config.d_model * x_1TD.element_size()
-    difference_TD = outputs_TD - y_1TD[0].detach().float()
-    table.notes.append(
-        f"E={task.config.num_experts}, T={task.tokens}: outputs agree to "
-        f"{float(difference_TD.norm() / outputs_TD.norm()):.1e} (relative, in norm)"
-    )
+                for chunks in chunk_numbers:
+                    answers_of[chunks].append(answers[chunks])
+        for chunks in chunk_numbers:
+            outputs_TD = torch.cat([torch.from_numpy(answer) for answer in ask(pipes, ("output", chunks))])
+            difference_TD = outputs_TD - y_1TD[0].detach().float()
+            table.notes.append(
+                f"E={task.config.num_experts}, T={task.tokens}, chunks={chunks}: outputs agree to "
+                f"{float(difference_TD.norm() / outputs_TD.norm()):.1e} (relative, in norm)"
+            )
+        least = sum(ask(pipes, ("copies", 1))) * task.config.d_model * x_1TD.element_size()
 
     def add(name: str, times: list[float], **more: float) -> None:
         row = {"contender": name, "experts": task.config.num_experts, "tokens": task.tokens, **spread(times)}
         table.rows.append({**row, "x_one": row["ms"] / spread(alone)["ms"], **more})
 
     add(f"one process, {task.ranks} threads", alone)
-    sent = {part: sum(answer["bytes"][part] for answer in records[-1]) / 1e6 for part in PARTS}
-    slowest = [max(answer["milliseconds"] for answer in answers) for answers in records]
-    # Tokens and their gradients go out once and come back once each.
-    add(f"{task.ranks} ranks, one thread each", slowest, MB=sum(sent.values()), MB_least=4 * least / 1e6)
-    for part in ("metadata", "dispatch", "compute", "combine"):
-        means = [sum(answer["parts"][part] for answer in answers) / task.ranks for answers in records]
-        least_here = {"MB_least": 2 * least / 1e6} if part in ("dispatch", "combine") else {}
-        add(f"  {part}", means, **({"MB": sent[part]} if part in sent else {}), **least_here)
+    for chunks, turns in answers_of.items():
+        sent = {part: sum(answer["bytes"][part] for answer in turns[-1]) / 1e6 for part in PARTS}
+        slowest = [max(answer["milliseconds"] for answer in answers) for answers in turns]
+        # Tokens and their gradients go out once and come back once each.
+        whole = {"MB": sum(sent.values()), "MB_least": 4 * least / 1e6, "chunks": chunks}
+        add(f"{task.ranks} ranks, one thread each", slowest, **whole)
+        for part in ("metadata", "dispatch", "compute", "combine"):
+            means = [sum(answer["parts"][part] for answer in answers) / task.ranks for answers in turns]
+            least_here = {"MB_least": 2 * least / 1e6} if part in ("dispatch", "combine") else {}
+            add(f"  {part}", means, chunks=chunks, **({"MB": sent[part]} if part in sent else {}), **least_here)
 
 
 def _forward_backward(layer: SoMELayer, x_1TD: torch.Tensor, grad_1TD: torch.Tensor) -> torch.Tensor:
@@ -209,57 +214,14 @@ def _forward_backward(layer: SoMELayer, x_1TD: torch.Tensor, grad_1TD: torch.Ten
     return y_1TD
 
 
-@contextmanager
-def _started(task: Task) -> Iterator[list[Connection]]:
-    """The ranks, ready; ended afterwards."""
-    context = multiprocessing.get_context("spawn")
-    pipes, processes = [], []
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            for rank in range(task.ranks):
-                ours, theirs = context.Pipe()
-                process = context.Process(target=_serve, args=(task, rank, Path(folder) / "meet", theirs), daemon=True)
-                process.start()
-                theirs.close()
-                pipes.append(ours)
-                processes.append(process)
-            yield pipes
-        finally:
-            for process in processes:
-                process.kill()
-                process.join()
-
-
-def _ask(pipes: list[Connection], question: str) -> list[Any]:
-    """Every rank's answer."""
-    answers = []
-    try:
-        for pipe in pipes:
-            pipe.send(question)
-        for rank, pipe in enumerate(pipes):
-            if not pipe.poll(SECONDS_TO_ANSWER):
-                raise BenchmarkFailed(f"rank {rank} did not answer within {SECONDS_TO_ANSWER} s")
-            answers.append(pipe.recv())
-    except (EOFError, ConnectionError):
-        raise BenchmarkFailed(f"a rank ended early; what it printed stands above (asked for: {question})") from None
-    return answers
-
-
-def _serve(task: Task, rank: int, meeting_point: Path, pipe: Connection) -> None:
+def _serve(pipe: Connection, task: Task) -> None:
     """One rank: answers until it is ended."""
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=meeting_point.as_uri(),
-        rank=rank,
-        world_size=task.ranks,
-        timeout=timedelta(seconds=SECONDS_TO_ANSWER),
-    )
+    rank = dist.get_rank()
     layer, (x_1TD, grad_1TD) = task.layer(dist.group.WORLD), task.batch(rank, task.ranks)
     ledger = Ledger(layer)
     with ledger.watching():
         while True:
-            question = pipe.recv()
+            question, layer.exchange.chunks = pipe.recv()
             if question == "step":
                 pipe.send(_step(layer, ledger, x_1TD, grad_1TD))
             elif question == "output":

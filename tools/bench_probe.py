@@ -124,10 +124,18 @@ class StraightforwardUpdate:
             collected.append([*(kept or []), new])
         return collected
 
-    def update(self, stores: list[KeyStore], records: list[list], group: Any) -> None:
-        """As `update_key_stores`."""
+    def begin(self, stores: list[KeyStore], records: list[list], group: Any) -> "StraightforwardUpdate":
+        """As making a `KeyStoreUpdate`; nothing is sent."""
+        self._layers = list(zip(stores, records, strict=True))
+        return self
+
+    def fold(self) -> None:
+        """As `KeyStoreUpdate.fold`."""
+
+    def finish(self, apply: bool) -> None:
+        """As `KeyStoreUpdate.finish`."""
         self.updates += 1
-        for store, kept in zip(stores, records, strict=True):
+        for store, kept in self._layers:
             pairwise_update(store, *(torch.cat(values) for values in zip(*kept, strict=True)))
 
 
@@ -150,7 +158,7 @@ def main() -> None:
         if which == "straightforward":
             patches.enter_context(mock.patch.object(modeling.mixers, "SoMELayer", StraightforwardLayer))
             patches.enter_context(mock.patch.object(trainer.loop, "accumulate_statistics", straightforward.collect))
-            patches.enter_context(mock.patch.object(trainer.loop, "update_key_stores", straightforward.update))
+            patches.enter_context(mock.patch.object(trainer.loop, "KeyStoreUpdate", straightforward.begin))
         trainer.run.main()
     assert which == "ours" or straightforward.updates, "the trainer no longer updates keys where this replaces it"
     rank = trainer.run.Launch.from_environment().rank

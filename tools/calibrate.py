@@ -30,13 +30,17 @@ from modeling.some import SoMELayer, update_key_stores
 from tools.options import Cluster, Option, evaluate
 from trainer.cluster import Machine
 from trainer.config import Experiment
+from trainer.cost import TOUCHES
 from trainer.distributed import Launch, Layout, check_gpus, choose_device, expert_parallel_group, init_process_group
 from trainer.ds_config import load_ds_config
 from trainer.engine import Engine
 from trainer.metrics import accumulate_statistics
 from trainer.plan import GIB, Sharding, parts
+from trainer.usage import Usage
 
-ROWS = (16, 32, 64, 128, 512, 2048)
+ROWS = (16, 64, 256, 2048)
+EXPERT_ROWS = (1, 16, 64, 256, 1024)
+EXPERTS, ELEMENTS, ATTENDED = 8, 2**21, 2048
 COPIED, SENT = 2**27, 2**23
 TURNS, STEPS = 7, 5
 WARM_UP = 4
@@ -84,7 +88,7 @@ def calibrate(experiment: Experiment, ds_config: str, base: Machine, path: Path)
         machine = replace(machine, step_us=1e6 * fixed)
         measured = measure_steps(experiment, layout, config, sharding, device)
         cluster = Cluster(machine, launch.world_size // launch.local_world_size, launch.local_world_size, sharding)
-        planned = evaluate(experiment, cluster, measured.usage_LE, layout, "contiguous", 0)
+        planned = evaluate(experiment, cluster, Usage(measured.usage_LE, is_measured=True), layout, "contiguous", 0)
         if launch.rank == 0:
             path.write_text(yaml.safe_dump(dataclasses.asdict(machine), sort_keys=False), encoding="utf-8")
             print(compare(planned, measured))
@@ -95,9 +99,11 @@ def calibrate(experiment: Experiment, ds_config: str, base: Machine, path: Path)
 
 def measure_machine(model: ModelConfig, base: Machine, launch: Launch, device: torch.device) -> Machine:
     """The base machine with every figure that these ranks can measure."""
-    some, dtype = model.some, torch.bfloat16
-    rates = {rows: product_rate(rows, model.d_model, some.d_ffn, dtype, device) for rows in ROWS}
-    bf16, fp32 = max(rates.values()), product_rate(max(ROWS), model.d_model, some.d_ffn, torch.float32, device)
+    D, F_, dtype = model.d_model, model.some.d_ffn, torch.bfloat16
+    trained = {rows: trained_rate(rows, D, F_, dtype, device) for rows in ROWS}
+    experts = {rows: expert_rate(rows, model.some, device) for rows in EXPERT_ROWS}
+    bf16, fp32 = (product_rate(max(ROWS), D, F_, kind, device) for kind in (dtype, torch.float32))
+    bf16 = max(bf16, *trained.values(), *experts.values())
     memory = memory_rate(device)
     links = measure_links(launch, device)
     fused = attention_rate(model, device) / (fp32 if device.type == "cpu" else bf16)
@@ -110,12 +116,14 @@ def measure_machine(model: ModelConfig, base: Machine, launch: Launch, device: t
         memory_gib=memory_size(device, launch.local_world_size) / GIB,
         bf16_tflops=bf16 / 1e12,
         fp32_tflops=fp32 / 1e12,
-        share_by_rows={rows: rate / bf16 for rows, rate in rates.items()},
+        share_by_rows={rows: rate / bf16 for rows, rate in trained.items()},
+        expert_share_by_rows={rows: rate / bf16 for rows, rate in experts.items()},
         attention_share=min(1.0, fused),
         memory_gb_s=memory / 1e9,
+        elementwise_gb_s=elementwise_rate(device) / 1e9,
         host_gb_s=memory / 1e9 if device.type == "cpu" else base.host_gb_s,
         layer_us=1e6 * layer_seconds(model, device),
-        expert_us=1e6 * expert_seconds(some, memory, device),
+        expert_us=0.0,  # part of the experts' rates at few rows
         **links,
     )
 
@@ -150,16 +158,59 @@ def product_rate(rows: int, inner: int, outer: int, dtype: torch.dtype, device: 
     return 2 * rows * inner * outer * repeats / seconds_of(run, device)
 
 
+def trained_rate(rows: int, inner: int, outer: int, dtype: torch.dtype, device: torch.device) -> float:
+    """FLOP/s of a trained map of (rows, inner) to (rows, outer), forward and backward."""
+    x = torch.randn(rows, inner, device=device).to(dtype).requires_grad_()
+    weight = torch.randn(outer, inner, device=device).to(dtype).requires_grad_()
+    gradient = torch.randn(rows, outer, device=device).to(dtype)
+
+    def run() -> None:
+        x.grad = weight.grad = None
+        F.linear(x, weight).backward(gradient)
+
+    return 6 * rows * inner * outer / seconds_of(run, device)
+
+
+def expert_rate(rows: int, some: SoMEConfig, device: torch.device) -> float:
+    """FLOP/s of frozen experts with so many rows each, forward and input gradients, by the kernel that training uses."""
+    config = replace(some, num_experts=EXPERTS, top_k=1, learned_gain=False)
+    layer = SoMELayer(config, pool_dtype=torch.bfloat16, device=device)
+    x_TD = torch.randn(rows * EXPERTS, some.d_model, device=device).bfloat16().requires_grad_()
+    ids_TK = torch.arange(EXPERTS, device=device).repeat(rows)[:, None]
+    gates_TK = torch.ones(rows * EXPERTS, 1, device=device, requires_grad=True)
+    gradient_TD = torch.randn_like(x_TD)
+
+    def run() -> None:
+        x_TD.grad = gates_TK.grad = None
+        layer.exchange(x_TD, gates_TK, ids_TK, layer.pool).backward(gradient_TD)
+
+    return 8 * rows * EXPERTS * some.d_model * some.d_ffn / seconds_of(run, device)
+
+
+def elementwise_rate(device: torch.device) -> float:
+    """Bytes/s that the cost model's count of passes makes of a norm and a GELU, forward and backward."""
+    x = torch.randn(ELEMENTS // 512, 512, device=device).bfloat16().requires_grad_()
+    gradient = torch.randn_like(x)
+
+    def run() -> None:
+        x.grad = None
+        F.gelu(F.layer_norm(x, (512,))).backward(gradient)
+
+    # Both keep their bf16 input for the backward.
+    return TOUCHES * 2 * 2 * ELEMENTS / seconds_of(run, device)
+
+
 def attention_rate(model: ModelConfig, device: torch.device) -> float:
-    """Counted FLOP/s of fused attention, forward and backward, on one row."""
+    """Counted FLOP/s of fused attention, forward and backward, on as many rows as have `ATTENDED` tokens."""
     S, H, D = model.max_seq_len, model.num_heads, model.d_model
+    rows = max(1, ATTENDED // S)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    q, k, v = (torch.randn(1, H, S, D // H, device=device, dtype=dtype).requires_grad_() for _ in range(3))
+    q, k, v = (torch.randn(rows, H, S, D // H, device=device, dtype=dtype).requires_grad_() for _ in range(3))
 
     def run() -> None:
         F.scaled_dot_product_attention(q, k, v, is_causal=model.causal).sum().backward()
 
-    return 6 * S * S * D * (2 - model.causal) / seconds_of(run, device)
+    return 6 * rows * S * S * D * (2 - model.causal) / seconds_of(run, device)
 
 
 def memory_rate(device: torch.device) -> float:
@@ -231,23 +282,6 @@ def step_seconds(experiment: Experiment, config: dict, sharding: Sharding, layer
     return max(0.0, statistics.median(measured.seconds) - 2 * layer)
 
 
-def expert_seconds(some: SoMEConfig, memory: float, device: torch.device) -> float:
-    """What one more expert costs with one row, beyond reading its weights twice."""
-    times = []
-    few, many = 16, 64
-    for experts in (few, many):
-        config = replace(some, num_experts=experts, top_k=1, learned_gain=False)
-        pool = SoMELayer(config, pool_dtype=torch.bfloat16, device=device)
-        x_TD = torch.randn(1, experts, some.d_model, device=device).bfloat16().requires_grad_()
-        ids_TK = torch.arange(experts, device=device)[:, None]
-        gates_TK = torch.ones(experts, 1, device=device)
-        times.append(
-            seconds_of(lambda: pool.exchange(x_TD[0], gates_TK, ids_TK, pool.pool).sum().backward(), device)  # noqa: B023
-        )
-    reading = 2 * 2 * some.num_expert_parameters() / memory
-    return max(0.0, (times[1] - times[0]) / (many - few) - reading)
-
-
 def measure_steps(
     experiment: Experiment, layout: Layout, config: dict, sharding: Sharding, device: torch.device
 ) -> Measured:
@@ -273,12 +307,14 @@ def measure_steps(
             ids_BS = torch.randint(experiment.model.vocab_size, (layout.micro_batch, S), generator=generator).to(device)
             everything_BS = torch.ones_like(ids_BS, dtype=torch.bool)
             out = engine.forward(ids_BS, everything_BS, targets_BS=ids_BS)
-            engine.backward(out.losses_T.sum() / (experiment.train.batch_size * S))
+            loss = out.losses_T.sum() / (experiment.train.batch_size * S)
             real_T, numbers_T = everything_BS.flatten(), torch.arange(ids_BS.numel(), device=device)
             # Distinct over ranks is enough for a respawn.
             sums = accumulate_statistics(sums, out.routing, stores, real_T, numbers_T + dist.get_rank() * len(numbers_T))
             for layer, record in enumerate(out.routing):
                 counts_LE[layer] += torch.bincount(record.expert_ids_TK.flatten(), minlength=E)
+            del out, record
+            engine.backward(loss)
             engine.end_micro_batch(experiment.train.learning_rate)
         update_key_stores(stores, sums, dist.group.WORLD)
         _wait(device)

@@ -3,14 +3,12 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-import numpy as np
-
 from trainer.cluster import Machine
 from trainer.config import Experiment
 from trainer.cost import StepTime, step_time
 from trainer.distributed import Launch, Layout
 from trainer.plan import GIB, Deployment, Memory, Sharding, Traffic, memory, most_replicas, parts, traffic
-from trainer.usage import imbalance
+from trainer.usage import Usage
 
 EXTRA_SLOTS = (1, 2)
 """Copies of hot experts that are tried, in slots a rank and layer."""
@@ -73,7 +71,7 @@ class Option:
         return [f"parallel.ep_size={layout.ep_size}", f"train.max_micro_batch={layout.micro_batch}", *extra]
 
 
-def as_it_stands(experiment: Experiment, cluster: Cluster, usage_LE: np.ndarray) -> Option:
+def as_it_stands(experiment: Experiment, cluster: Cluster, usage: Usage) -> Option:
     """What trainer/run.py would do without further settings.
 
     Raises:
@@ -82,18 +80,18 @@ def as_it_stands(experiment: Experiment, cluster: Cluster, usage_LE: np.ndarray)
     launch = Launch(0, cluster.ranks, 0, cluster.ranks_per_node)
     layout = Layout.of(experiment, launch)
     replicas = most_replicas(experiment, layout.ep_size)
-    return evaluate(experiment, cluster, usage_LE, layout, experiment.parallel.placement, replicas)
+    return evaluate(experiment, cluster, usage, layout, experiment.parallel.placement, replicas)
 
 
-def all_options(experiment: Experiment, cluster: Cluster, usage_LE: np.ndarray) -> list[Option]:
+def all_options(experiment: Experiment, cluster: Cluster, usage: Usage) -> list[Option]:
     """Every EP size (unless the experiment names one), placement, number of replicas and micro batch; best first, what does
     not fit last."""
     found = sorted(
         (
-            evaluate(experiment, cluster, usage_LE, Layout(ep_size, micro, share // micro), placement, replicas)
+            evaluate(experiment, cluster, usage, Layout(ep_size, micro, share // micro), placement, replicas)
             for share in [experiment.train.batch_size // cluster.ranks]
             for ep_size in ep_sizes(experiment, cluster)
-            for placement, replicas in _placements(ep_size, usage_LE)
+            for placement, replicas in _placements(ep_size, usage)
             for micro in divisors(share)
         ),
         key=_order,
@@ -104,10 +102,10 @@ def all_options(experiment: Experiment, cluster: Cluster, usage_LE: np.ndarray) 
 
 
 def evaluate(
-    experiment: Experiment, cluster: Cluster, usage_LE: np.ndarray, layout: Layout, placement: str, replicas: int
+    experiment: Experiment, cluster: Cluster, usage: Usage, layout: Layout, placement: str, replicas: int
 ) -> Option:
     """One way, with all its figures."""
-    loads = [imbalance(usage_E, layout.ep_size, placement, replicas) for usage_E in usage_LE]
+    loads = usage.imbalances(layout.ep_size, placement, replicas)
     how = Deployment(
         layout=layout,
         ranks=cluster.ranks,
@@ -126,7 +124,7 @@ def evaluate(
         placement=placement,
         memory=held,
         traffic=traffic(experiment, how),
-        time=step_time(experiment, averaged, cluster.machine, usage_LE),
+        time=step_time(experiment, averaged, cluster.machine, usage.shares_LE),
         tokens_per_step=experiment.train.batch_size * (cluster.row_tokens or experiment.model.max_seq_len),
         fits=held.total <= cluster.machine.usable,
     )
@@ -147,14 +145,14 @@ def divisors(number: int) -> list[int]:
     return [size for size in range(1, number + 1) if number % size == 0]
 
 
-def _placements(ep_size: int, usage_LE: np.ndarray) -> Iterator[tuple[str, int]]:
+def _placements(ep_size: int, usage: Usage) -> Iterator[tuple[str, int]]:
     """Contiguous and balanced, and replicas as far as each more lowers the load of the busiest rank."""
     yield "contiguous", 0
     if ep_size == 1:
         return
     least = float("inf")
     for extra in (0, *EXTRA_SLOTS):
-        load = sum(imbalance(usage_E, ep_size, "balanced", extra * ep_size) for usage_E in usage_LE)
+        load = sum(usage.imbalances(ep_size, "balanced", extra * ep_size))
         if load < least:
             yield "balanced", extra * ep_size
         least = min(least, load)

@@ -91,8 +91,8 @@ def plan(arguments: argparse.Namespace) -> int:
         check_plot(arguments.plot)
     cluster = read_cluster(arguments, experiment)
     model = experiment.model
-    usage_LE = read_usage(arguments.usage, model.num_layers, model.some.num_experts, model.some.top_k)
-    standing, options = as_it_stands(experiment, cluster, usage_LE), all_options(experiment, cluster, usage_LE)
+    usage = read_usage(arguments.usage, model.num_layers, model.some.num_experts, model.some.top_k)
+    standing, options = as_it_stands(experiment, cluster, usage), all_options(experiment, cluster, usage)
     print(report(experiment, cluster, standing, options, arguments.usage))
     if arguments.json:
         write_json(Path(arguments.json), experiment, cluster, standing, options)

@@ -7,7 +7,7 @@ from pathlib import Path
 from tools.options import Cluster, Option, divisors, evaluate
 from trainer.config import Experiment
 from trainer.distributed import Layout
-from trainer.usage import read_usage
+from trainer.usage import Usage, read_usage
 
 SUFFIXES = (".png", ".svg")
 MOST_RANKS, MOST_EXPERTS = 1024, 65536
@@ -60,7 +60,7 @@ def draw(path: Path, experiment: Experiment, cluster: Cluster, usage: str) -> No
 def over_ranks(experiment: Experiment, cluster: Cluster, usage: str) -> dict[str, list[tuple[int, Option]]]:
     """EP size in words to (ranks, option), from 1 rank up; every rank keeps the rows that it has on the cluster."""
     rows, model = _rows_of_a_rank(experiment, cluster), experiment.model
-    usage_LE = read_usage(usage, model.num_layers, model.some.num_experts, model.some.top_k)
+    known = read_usage(usage, model.num_layers, model.some.num_experts, model.some.top_k)
     curves: dict[str, list[tuple[int, Option]]] = {}
     ranks = 1
     while ranks <= MOST_RANKS:
@@ -69,7 +69,7 @@ def over_ranks(experiment: Experiment, cluster: Cluster, usage: str) -> dict[str
         job = replace(experiment, train=replace(experiment.train, batch_size=rows * there.ranks))
         for label, ep_size in _ep_sizes(there).items():
             if model.some.num_experts % ep_size == 0 and there.ranks % ep_size == 0:
-                curves.setdefault(label, []).append((there.ranks, _best(job, there, usage_LE, ep_size)))
+                curves.setdefault(label, []).append((there.ranks, _best(job, there, known, ep_size)))
         ranks *= 2
     return curves
 
@@ -83,10 +83,10 @@ def over_experts(experiment: Experiment, cluster: Cluster, usage: str) -> dict[s
     spread, model, experts = (usage if usage.startswith("zipf:") else "zipf:0"), experiment.model, 64
     while experts <= MOST_EXPERTS:
         job = replace(experiment, model=replace(model, some=replace(model.some, num_experts=experts)))
-        usage_LE = read_usage(spread, model.num_layers, experts, model.some.top_k)
+        known = read_usage(spread, model.num_layers, experts, model.some.top_k)
         for label, ep_size in _ep_sizes(cluster).items():
             if experts % ep_size == 0:
-                curves.setdefault(label, []).append((experts, _best(job, cluster, usage_LE, ep_size)))
+                curves.setdefault(label, []).append((experts, _best(job, cluster, known, ep_size)))
         experts *= 2
     return curves
 
@@ -99,11 +99,11 @@ def _rows_of_a_rank(experiment: Experiment, cluster: Cluster) -> int:
     return experiment.train.batch_size // cluster.ranks
 
 
-def _best(experiment: Experiment, cluster: Cluster, usage_LE, ep_size: int) -> Option:
+def _best(experiment: Experiment, cluster: Cluster, usage: Usage, ep_size: int) -> Option:
     """The best micro batch of one EP size, of all where none fits."""
     share = experiment.train.batch_size // cluster.ranks
     options = [
-        evaluate(experiment, cluster, usage_LE, Layout(ep_size, micro, share // micro), "contiguous", 0)
+        evaluate(experiment, cluster, usage, Layout(ep_size, micro, share // micro), "contiguous", 0)
         for micro in divisors(share)
     ]
     fitting = [option for option in options if option.fits]

@@ -13,6 +13,7 @@ import yaml
 from trainer.plan import GIB, Sent
 
 DEVICES = ("cuda", "cpu")
+SHARES = ("share_by_rows", "expert_share_by_rows")
 KINDS = {
     float: ((int, float), "a number"),
     int: ((int,), "a whole number"),
@@ -41,11 +42,15 @@ class Machine:
     fp32_tflops: float
     """Peak of fp32 products without TF32, 1e12 FLOP/s."""
     share_by_rows: dict[int, float]
-    """Rows of a product to the share of the peak that it reaches while weights are near; between them, by logarithm."""
+    """Rows of a trained map to the share of the peak that it reaches, forward and backward; between them, by logarithm."""
+    expert_share_by_rows: dict[int, float]
+    """Rows of a frozen expert to the share of the peak that the kernel of the experts reaches, forward and backward."""
     attention_share: float
     """The same of fused attention, forward and backward (on a cpu, of the fp32 peak)."""
     memory_gb_s: float
     """Bandwidth of memory as achieved, 1e9 bytes/s."""
+    elementwise_gb_s: float
+    """The same of norms, GELU, softmax and their gradients, which on CPUs compute longer than they read, 1e9 bytes/s."""
     in_node_gb_s: float
     """What a rank sends to ranks of its node as achieved, 1e9 bytes/s in one direction."""
     in_node_us: float
@@ -70,11 +75,13 @@ class Machine:
             value, may_be_zero = getattr(self, field.name), field.name.endswith("_us") or field.name == "reserved_gib"
             if isinstance(value, int | float) and not (0 <= value < math.inf and (value > 0 or may_be_zero)):
                 raise ValueError(f"{field.name} = {value} must be {'at least' if may_be_zero else 'greater than'} 0")
-        if not self.share_by_rows:
-            raise ValueError("share_by_rows = {} holds nothing; give at least one number of rows and its share")
-        for rows, share in self.share_by_rows.items():
-            if not 0 < share <= 1 or rows < 1:
-                raise ValueError(f"share_by_rows = {rows}: {share} must be rows of at least 1 and a share between 0 and 1")
+        for name in SHARES:
+            shares = getattr(self, name)
+            if not shares:
+                raise ValueError(f"{name} = {{}} holds nothing; give at least one number of rows and its share")
+            for rows, share in shares.items():
+                if not 0 < share <= 1 or rows < 1:
+                    raise ValueError(f"{name} = {rows}: {share} must be rows of at least 1 and a share between 0 and 1")
         if self.attention_share > 1:
             raise ValueError(f"attention_share = {self.attention_share} must be at most 1")
 
@@ -140,9 +147,10 @@ def _machine(values: dict[str, Any], name: str) -> Machine:
             raise ValueError(
                 f"--machine {name}: {key} = {values[key]!r} is {type(values[key]).__name__}; expected {expected}"
             )
-    for rows, share in values["share_by_rows"].items():
-        if not isinstance(rows, int) or not isinstance(share, int | float):
-            raise ValueError(f"--machine {name}: share_by_rows = {rows!r}: {share!r}; expected a number of rows and a share")
+    for key in SHARES:
+        for rows, share in values[key].items():
+            if not isinstance(rows, int) or not isinstance(share, int | float):
+                raise ValueError(f"--machine {name}: {key} = {rows!r}: {share!r}; expected a number of rows and a share")
     try:
         return Machine(**values)
     except ValueError as error:

@@ -194,6 +194,11 @@ def expert_parallel_group(ep_size: int, timeout_minutes: float) -> dist.ProcessG
     return mine
 
 
+def key_store_group(timeout_minutes: float) -> dist.ProcessGroup:
+    """All ranks once more: the key stores' sums travel while other collectives run, and must not mix with them."""
+    return dist.new_group(timeout=timedelta(minutes=timeout_minutes + EXTRA_MINUTES))
+
+
 def broadcast_text(text: str) -> str:
     """Rank 0's text on every rank."""
     box = [text]

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from modeling.some import KeyStore, update_key_stores
+from modeling.some import KeyStatistics, KeyStore, KeyStoreUpdate
 from modeling.some.keys import key_store_hashes
 from trainer.checkpoint import RunState, checkpoint_folder, load_checkpoint, read_state, save_checkpoint
 from trainer.config import Experiment
@@ -37,8 +37,8 @@ FEW = 4
 class Trainer:
     """One run in progress.
 
-    `state` moves with every step; `log` is None on every rank but 0. `stopped_by` says which signal on which rank ends the
-    run, once the ranks know of one.
+    `state` moves with every step; `log` is None on every rank but 0; `key_group` is a process group of all ranks that nobody
+    else uses. `stopped_by` says which signal on which rank ends the run, once the ranks know of one.
     """
 
     experiment: Experiment
@@ -50,6 +50,7 @@ class Trainer:
     output_dir: Path
     log: RunLog | None
     console: Console
+    key_group: dist.ProcessGroup
     signals: StopSignals = field(default_factory=StopSignals)
     progress: Progress = field(default_factory=Progress)
     freed_memory: FreedMemory = field(default_factory=FreedMemory)
@@ -131,22 +132,24 @@ class Trainer:
         temperature = self._temperature(step // self.order.steps_per_epoch)
         rate = learning_rate(step, self.state.total_steps, train)
 
-        loss, result, statistics = torch.zeros((), device=self.engine.device), None, [None] * len(self.stores)
+        loss, statistics = torch.zeros((), device=self.engine.device), [None] * len(self.stores)
         self.progress.mark("loading data", step + 1)
-        for batch in self._micro_batches(sequence_ids):
+        batches = self._micro_batches(sequence_ids)
+        for number, batch in enumerate(batches, start=1):
             self.progress.mark("forward and backward", step + 1)
-            micro_loss, routing = self._forward_backward(batch, targets, temperature)
-            loss += micro_loss
-            routed_BS = batch.attention_mask_BS
-            real_T, token_ids_T = batch.is_real_BS[routed_BS], batch.token_ids_BS[routed_BS]
-            statistics = accumulate_statistics(
-                statistics, routing, self.stores, real_T.to(self.engine.device), token_ids_T.to(self.engine.device)
-            )
+            micro_loss, statistics = self._forward(batch, targets, temperature, statistics)
+            loss += micro_loss.detach()
+            if number == len(batches):
+                # The sums over tokens are complete: they travel behind this backward, then behind the optimizer.
+                update = KeyStoreUpdate(self.stores, statistics, self.key_group)
+            # A loss may be infinite and its gradients finite: make them NaN, which the engine finds on every rank.
+            self.engine.backward(micro_loss * torch.where(micro_loss.detach().isfinite(), 1.0, torch.nan))
+            if number == len(batches):
+                update.fold()
             result = self.engine.end_micro_batch(rate)
         assert result is not None, "the last micro batch of a step is its accumulation boundary"
         self.progress.mark("key update", step + 1)
-        if result.applied:
-            update_key_stores(self.stores, statistics, dist.group.WORLD)
+        update.finish(apply=result.applied)
 
         loss = self._agree(loss)
         self.freed_memory.release()
@@ -213,20 +216,24 @@ class Trainer:
         # `steps` may make a run longer than `epochs`.
         return start - (start - train.temperature_end) * min(1.0, epoch / train.epochs)
 
-    def _forward_backward(self, batch: Batch, targets: int, temperature: float | None) -> tuple[torch.Tensor, list]:
-        """This micro batch's share of the step's loss over `targets` targets, and its routing."""
-        device = self.engine.device
-        mask_BS = batch.routing_mask
+    def _forward(
+        self, batch: Batch, targets: int, temperature: float | None, statistics: list[KeyStatistics | None]
+    ) -> tuple[torch.Tensor, list[KeyStatistics]]:
+        """This micro batch's share of the step's loss over `targets` targets, and its tokens added to the statistics.
+
+        They are added before the backward, which then need not keep the routing beside everything else.
+        """
+        device, mask_BS = self.engine.device, batch.routing_mask
         out = self.engine.forward(
             batch.input_ids_BS.to(device),
             None if mask_BS is None else mask_BS.to(device),
             temperature=temperature,
             targets_BS=batch.targets_BS.to(device),
         )
-        loss = out.losses_T.sum() / targets
-        # A loss may be infinite and its gradients finite: make them NaN, which the engine finds on every rank.
-        self.engine.backward(loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan))
-        return loss.detach(), out.routing
+        routed_BS = batch.attention_mask_BS
+        real_T, token_ids_T = batch.is_real_BS[routed_BS].to(device), batch.token_ids_BS[routed_BS].to(device)
+        statistics = accumulate_statistics(statistics, out.routing, self.stores, real_T, token_ids_T)
+        return out.losses_T.sum() / targets, statistics
 
     def _report_step(self, loss: float, result: StepResult, rate: float, tokens: int, seconds: float) -> None:
         step, rate_of_tokens = self.state.step, tokens / seconds

@@ -155,6 +155,9 @@ def memory(experiment: Experiment, deployment: Deployment) -> Memory:
     T = deployment.layout.micro_batch * model.max_seq_len
     pooled, expert = num_pool_parameters(model), expert_bytes(model, w)
 
+    # The grouped products of GPUs read bf16: matrices on a grid exist in both for as long as a layer runs.
+    expanded = deployment.device == "cuda" and has_some and some.expert_grid != "none"
+    held = -(-(E + deployment.replicas) // P)
     trained = counts.trainable
     if how.stage == 1 or how.offload:
         # Whole gradients until the last micro batch, then this rank's part in fp32.
@@ -165,12 +168,12 @@ def memory(experiment: Experiment, deployment: Deployment) -> Memory:
     # The sums of a step, and one more layer's pair counts while they are made (int64 and int32).
     sums = L * 4 * (E * K + E * E + K * E * D + E) + 12 * E * E
     return Memory(
-        pool=L * -(-(E + deployment.replicas) // P) * expert if has_some else pooled * w,
+        pool=L * held * expert if has_some else pooled * w,
         core=w * (counts.total - pooled) + 4 * model.max_seq_len * D,
         gradients=gradients,
         optimizer=0 if how.offload else 12 * trained // N,
-        activations=T * (saved_bytes_per_token(model, deployment) + _intermediate_bytes_per_token(model, w)),
-        exchange=int(T * _exchange_bytes_per_token(deployment, D, E, K, w)) if P > 1 else 0,
+        activations=T * _activation_bytes_per_token(model, deployment) + expanded * held * 2 * D * some.d_ffn * w,
+        exchange=int(T * exchange_bytes_per_token(deployment, D, E, K, w)) if P > 1 else 0,
         keys=has_some * (L * 4 * E * (D + 3) + sums),
     )
 
@@ -186,7 +189,7 @@ def expert_bytes(model: ModelConfig, width: int) -> int:
     """What one expert of a SoME layer takes: biases in compute precision, matrices too or, on a grid, one byte a weight."""
     some = model.some
     biases = model.d_model + some.d_ffn
-    return width * biases + (1 if some.expert_grid == "int8" else width) * (some.num_expert_parameters() - biases)
+    return width * biases + (width if some.expert_grid == "none" else 1) * (some.num_expert_parameters() - biases)
 
 
 def most_replicas(experiment: Experiment, ep_size: int) -> int:
@@ -196,7 +199,7 @@ def most_replicas(experiment: Experiment, ep_size: int) -> int:
 
 
 def saved_bytes_per_token(model: ModelConfig, deployment: Deployment) -> int:
-    """What autograd keeps of one token from the forward for the backward, all layers, at the busiest rank."""
+    """What is kept of one token from the forward, all layers, at the busiest rank, for the backward and the key stores."""
     D, V, L, some, w = model.d_model, model.vocab_size, model.num_layers, model.some, deployment.sharding.width
     K, hidden = some.top_k, some.router_hidden
     # Per block: the inputs of both norms, of qkv and of attention's output map; norm statistics.
@@ -209,7 +212,7 @@ def saved_bytes_per_token(model: ModelConfig, deployment: Deployment) -> int:
             # The query before normalisation and its norm; the mlp's activation before GELU. Trained maps keep their inputs.
             block += 4 * D + 8 + hidden * w * (some.router == "mlp")
             block += (D + hidden * (some.router == "mlp")) * w * some.train_router
-        # Queries in the order of real tokens wait for the key update; ids, gates and sorted rows.
+        # Queries in the order of real tokens wait for their sums; ids, gates and sorted rows.
         block += 4 * D + 36 * K
         block += int(K * some.d_ffn * w * deployment.imbalance)
     elif model.channel_mixer == "dense":
@@ -222,13 +225,17 @@ def saved_bytes_per_token(model: ModelConfig, deployment: Deployment) -> int:
     return L * block + final_norm + D * w + V * w + 8
 
 
-def _intermediate_bytes_per_token(model: ModelConfig, width: int) -> int:
-    """The largest values of one token that live besides what is saved: logits, or scores of all keys and their gradient."""
-    scores = 8 * model.some.num_experts if model.channel_mixer == "some" and model.some.routing == "learned" else 0
-    return max(model.vocab_size * width, scores)
+def _activation_bytes_per_token(model: ModelConfig, deployment: Deployment) -> int:
+    """What is saved, but of what does not live at the same time the largest: queries of all layers until their sums are
+    taken, before the backward; logits; scores of all keys and their gradient."""
+    has_some = model.channel_mixer == "some"
+    queries = has_some * model.num_layers * 4 * model.d_model
+    scores = 8 * model.some.num_experts if has_some and model.some.routing == "learned" else 0
+    largest = max(queries, model.vocab_size * deployment.sharding.width, scores)
+    return saved_bytes_per_token(model, deployment) - queries + largest
 
 
-def _exchange_bytes_per_token(deployment: Deployment, D: int, E: int, K: int, width: int) -> float:
+def exchange_bytes_per_token(deployment: Deployment, D: int, E: int, K: int, width: int) -> float:
     """Copies out and back (own ones too), those received with their fp32 sum, and the fp32 sum of what returns."""
     copies = distinct_ranks(K, deployment.layout.ep_size, E)
     received = min(copies * deployment.imbalance, deployment.layout.ep_size)

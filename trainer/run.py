@@ -50,6 +50,7 @@ from trainer.distributed import (
     demand_agreement,
     expert_parallel_group,
     init_process_group,
+    key_store_group,
 )
 from trainer.ds_config import is_bf16, load_ds_config
 from trainer.engine import Engine, check_zero_section
@@ -292,6 +293,7 @@ def prepare_trainer(job: Job, data_folder: Path, device: torch.device) -> Traine
         output_dir=job.output_dir,
         log=RunLog(job.output_dir, state.step, experiment.log.tensorboard, state.evaluation_due) if is_first else None,
         console=console,
+        key_group=key_store_group(experiment.parallel.timeout_minutes),
     )
 
 

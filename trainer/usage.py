@@ -4,18 +4,35 @@ Shapes: L layers, E experts, P ranks that share a pool.
 """
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from safetensors import safe_open
 
+from modeling.some.balance import plan
+from modeling.some.placement import Placement
 from trainer.checkpoint import KEYS, find_checkpoint, read_state
 
 PLACEMENTS = ("contiguous", "balanced")
 
 
-def read_usage(text: str, num_layers: int, num_experts: int, top_k: int) -> np.ndarray:
-    """(L, E) float64, each layer's shares of all choices; rows sum to 1 and no share is above 1 / top_k.
+@dataclass(frozen=True)
+class Usage:
+    """How often experts are chosen."""
+
+    shares_LE: np.ndarray
+    """(L, E) float64, each layer's shares of all choices; rows sum to 1 and no share is above 1 / top_k."""
+    is_measured: bool
+    """Whether each expert's share is known, or only how uneven shares are."""
+
+    def imbalances(self, ranks: int, placement: str, replicas: int) -> list[float]:
+        """Of each layer, `imbalance`."""
+        return [imbalance(shares_E, ranks, placement, replicas, self.is_measured) for shares_E in self.shares_LE]
+
+
+def read_usage(text: str, num_layers: int, num_experts: int, top_k: int) -> Usage:
+    """Shares by a law, or those of a run.
 
     Args:
         text: `zipf:S` (the r-th most used expert is chosen in proportion to r^-S; 0 = evenly) or a run's folder, whose last
@@ -32,7 +49,8 @@ def read_usage(text: str, num_layers: int, num_experts: int, top_k: int) -> np.n
         weights_E = np.arange(1, num_experts + 1) ** -float(match[1])
         # An expert's number says nothing of its rank: every layer has its own fixed order.
         generator = np.random.default_rng(0)
-        return np.stack([at_most_once_a_token(generator.permutation(weights_E), top_k) for _ in range(num_layers)])
+        drawn = [at_most_once_a_token(generator.permutation(weights_E), top_k) for _ in range(num_layers)]
+        return Usage(np.stack(drawn), is_measured=False)
     if text.startswith("zipf"):
         raise ValueError(f"--usage {text}: write it as zipf:0.6, an exponent from 0 up")
     folder = Path(text)
@@ -48,7 +66,7 @@ def read_usage(text: str, num_layers: int, num_experts: int, top_k: int) -> np.n
         raise ValueError(f"--usage {text}: holds {held}, the plan is for {num_layers} of {num_experts}; give another run")
     if any(usage_E.sum() == 0 for usage_E in usage):
         raise ValueError(f"--usage {text}: no token was counted at step {state.step}; give a run that has trained")
-    return np.stack([at_most_once_a_token(usage_E, top_k) for usage_E in usage])
+    return Usage(np.stack([at_most_once_a_token(usage_E, top_k) for usage_E in usage]), is_measured=True)
 
 
 def at_most_once_a_token(weights_E: np.ndarray, top_k: int) -> np.ndarray:
@@ -64,21 +82,26 @@ def at_most_once_a_token(weights_E: np.ndarray, top_k: int) -> np.ndarray:
     return shares_E
 
 
-def imbalance(shares_E: np.ndarray, ranks: int, placement: str, replicas: int) -> float:
+def imbalance(shares_E: np.ndarray, ranks: int, placement: str, replicas: int, is_measured: bool) -> float:
     """Rows at the busiest rank over the mean.
 
-    contiguous: exact, for experts in blocks by number. balanced: the bound max(1, hottest share * P / (1 + its copies)),
-    which no placement can beat; longest-processing-time packing comes close to it where a rank holds many experts (field
-    measurement: 1.08 against 1.00 for Zipf(0.6), 128 experts on 8 ranks).
+    contiguous: exact, for experts in blocks by number. balanced: of measured shares that of the plan which a run would make
+    from them; of others the bound max(1, hottest share * P / (1 + its copies)), which no placement can beat, and which
+    longest-processing-time packing comes close to where a rank holds many experts (field measurement: 1.08 against 1.00 for
+    Zipf(0.6), 128 experts on 8 ranks).
 
     Args:
         shares_E: (E,) shares of all choices, summing to 1.
         ranks: P.
         placement: `contiguous` or `balanced`.
         replicas: extra copies, each given to the expert whose copies are busiest.
+        is_measured: whether the shares are those of each expert, or a law's.
     """
     if placement == "contiguous":
         return float(shares_E.reshape(ranks, -1).sum(1).max() * ranks)
+    if is_measured:
+        load_E = shares_E.tolist()
+        return plan(load_E, replicas, Placement.contiguous(len(load_E), ranks)).max_over_mean(load_E)
     copies_E = np.ones(len(shares_E))
     for _ in range(replicas):
         # More copies than ranks serve nobody.

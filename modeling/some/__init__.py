@@ -3,7 +3,7 @@
 from modeling.config import SoMEConfig
 from modeling.key_rules import KeyRules
 from modeling.some.experts import FrozenExpertPool, pool_manifest
-from modeling.some.keys import KeyStore, update_key_stores
+from modeling.some.keys import KeyStore, KeyStoreUpdate, update_key_stores
 from modeling.some.layer import SoMELayer
 from modeling.some.router import Routing
 from modeling.some.statistics import KeyStatistics
@@ -13,6 +13,7 @@ __all__ = [
     "KeyRules",
     "KeyStatistics",
     "KeyStore",
+    "KeyStoreUpdate",
     "Routing",
     "SoMEConfig",
     "SoMELayer",

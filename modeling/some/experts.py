@@ -21,7 +21,7 @@ from modeling.some.experts_amx import MULTIPLE, amx_experts, can_use_amx, why_no
 from modeling.some.experts_grouped import can_use_grouped, grouped_experts
 from modeling.some.experts_loop import loop_experts
 from modeling.some.rows import RoutedRows
-from modeling.some.weights import ExpertWeights, expert_weights, grids
+from modeling.some.weights import GRID_DTYPES, ExpertWeights, expert_weights, scales
 
 KERNELS = {"amx": amx_experts, "grouped": grouped_experts, "loop": loop_experts}
 """Implementations: `amx` (fused, for CPUs that have it), `grouped` (grouped products, for GPUs), `loop` (everywhere)."""
@@ -65,11 +65,10 @@ class FrozenExpertPool(nn.Module):
         self.config, self.layer, self.seed = config, layer, seed
         self.expert_ids = list(range(config.num_experts)) if expert_ids is None else list(expert_ids)
         D, H, n = config.d_model, config.d_ffn, len(self.expert_ids)
-        on_grid = config.expert_grid == "int8"
-        self.scale_down, self.scale_up = (scale for _, scale in grids(config)) if on_grid else (1.0, 1.0)
+        self.scale_down, self.scale_up = scales(config)
         shapes = {"w_down_eFD": (n, H, D), "b_down_eF": (n, H), "w_up_eDF": (n, D, H), "b_up_eD": (n, D)}
         for name, shape in shapes.items():
-            kept = torch.int8 if on_grid and name.startswith("w_") else dtype
+            kept = GRID_DTYPES.get(config.expert_grid, dtype) if name.startswith("w_") else dtype
             self.register_buffer(name, torch.zeros(shape, dtype=kept, device=device), persistent=False)
         uses = {"amx": can_use_amx(self.weights), "grouped": can_use_grouped(self.weights), "loop": True}
         self.kernel = next(name for name, usable in uses.items() if usable)
@@ -90,7 +89,7 @@ class FrozenExpertPool(nn.Module):
         """Which kernel computes; where it is the slow one on a CPU in bf16, why."""
         if self.kernel != "loop" or self.weights.dtype != torch.bfloat16 or self.w_down_eFD.is_cuda:
             return self.kernel
-        return f"loop, as {why_not_amx() or f'widths are not multiples of {MULTIPLE}'}"
+        return f"loop, as {why_not_amx(self.w_down_eFD.dtype) or f'widths are not multiples of {MULTIPLE}'}"
 
     @property
     def weights(self) -> ExpertWeights:

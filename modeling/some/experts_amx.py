@@ -21,8 +21,10 @@ MULTIPLE = 32  # of D and F: values in a row of a tile
 
 
 @functools.cache
-def why_not_amx() -> str | None:
-    """Why this machine cannot use the kernel; None if it can."""
+def why_not_amx(kept: torch.dtype = torch.bfloat16) -> str | None:
+    """Why this machine cannot use the kernel on matrices that are kept in this dtype; None if it can."""
+    if kept not in (torch.bfloat16, torch.int8):
+        return f"the fused kernel does not read {kept}"
     try:
         flags = Path("/proc/cpuinfo").read_text(encoding="ascii").partition("\nflags")[2].partition("\n")[0].split()
     except OSError:
@@ -41,7 +43,7 @@ def can_use_amx(weights: ExpertWeights) -> bool:
     """Whether weights of this dtype, size and device can be computed with here."""
     fits = all(size % MULTIPLE == 0 for size in weights.w_down_eFD.shape[1:])
     on_cpu = weights.w_down_eFD.device.type == "cpu"
-    return on_cpu and weights.dtype == torch.bfloat16 and fits and why_not_amx() is None
+    return on_cpu and weights.dtype == torch.bfloat16 and fits and why_not_amx(weights.w_down_eFD.dtype) is None
 
 
 def amx_experts(x_TD: torch.Tensor, gates_TK: torch.Tensor, rows: RoutedRows, weights: ExpertWeights) -> torch.Tensor:

@@ -3,6 +3,9 @@
 Nothing here waits for the device: the rows of each expert are known to it alone. Rows of experts elsewhere come last, are
 not computed and are never read.
 
+Matrices on a grid become bf16 for the call, those of one layer at a time. Products of 8 bits (torch._scaled_grouped_mm)
+would want the activations rounded to 8 bits too, and so compute something else.
+
 Shapes: T tokens, K experts a token, N = T * K rows, of which the first R are of this shard, D width, F expert hidden width,
 e experts of the shard.
 """

@@ -99,31 +99,36 @@ class KeyStore(nn.Module):
         seed = self.seed if seed is None else seed
         return Candidates.of(queries_TD, token_ids_T, len(self.keys), seed, self.layer, self.steps + 1)
 
-    def count_usage(self, counts_EK: torch.Tensor) -> None:
-        """Take one step's counts into `usage` (specs 3.2)."""
+    def usage_after(self, counts_EK: torch.Tensor) -> torch.Tensor:
+        """(E,) what `usage` becomes with one more step's counts (specs 3.2)."""
         counts_E = counts_EK.sum(1)
         if self.rules.usage == "share":
             counts_E = counts_E / counts_E.sum().clamp(min=1)
-        self.average(self.usage, counts_E)
+        return self.averaged(self.usage, counts_E)
 
-    def mass(self, counts_E: torch.Tensor) -> torch.Tensor:
-        """(E,) what divides the moves of an expert: 1 + usage, or with shares max(n_e, K T uhat_e)."""
+    def mass(self, counts_E: torch.Tensor, usage_E: torch.Tensor, steps: int) -> torch.Tensor:
+        """(E,) what divides the moves of an expert in update number `steps`, given the usage that counts it already:
+        1 + usage, or with shares max(n_e, K T uhat_e)."""
         if self.rules.usage == "share":
-            return torch.maximum(counts_E.float(), counts_E.sum() * self.share())
-        return 1 + self.usage
+            return torch.maximum(counts_E.float(), counts_E.sum() * self.share(usage_E, steps))
+        return 1 + usage_E
 
-    def share(self) -> torch.Tensor:
-        """(E,) the average share of all choices, with the bias of the first updates taken out."""
-        return self.usage / (1 - self.rules.ema_decay**self.steps)
+    def share(self, usage_E: torch.Tensor, steps: int) -> torch.Tensor:
+        """(E,) the average share of all choices after `steps` updates, with the bias of the first ones taken out."""
+        return usage_E / (1 - self.rules.ema_decay**steps)
 
-    def attraction(self, counts_EK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the K sequential attraction steps do to a key, as one affine map (specs 3.3).
+    def attraction(self, counts_EK: torch.Tensor, usage_E: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the K sequential attraction steps of the next update do to a key, as one affine map (specs 3.3).
 
         With eta_k = alpha n_k / m, slot after slot: key <- (1 - eta_k) key + alpha / m * query_sum_k. Unrolled:
         key <- keep_E * key + sum_k weights_EK * query_sum_k. Where only winners attract, the first slot is all there is.
+
+        Args:
+            counts_EK: int, the step's counts.
+            usage_E: fp32 usage after them.
         """
-        rules = self.rules
-        step_E = _ratio(torch.full_like(self.usage, rules.alpha * rules.use_alpha), self.mass(counts_EK.sum(1)))
+        rules, mass_E = self.rules, self.mass(counts_EK.sum(1), usage_E, self.steps + 1)
+        step_E = _ratio(torch.full_like(usage_E, rules.alpha * rules.use_alpha), mass_E)
         keep_E = torch.ones_like(self.usage)
         weights_EK = torch.zeros(counts_EK.shape, device=keep_E.device)
         slots = self.top_k if rules.attract == "slots" else 1
@@ -145,7 +150,7 @@ class KeyStore(nn.Module):
         if rules.decay == "after":
             keys_ED = self._decayed(keys_ED)
         if rules.decay == "health" and self._decays_now:
-            rare_E = self.share() < rules.theta_percentile / len(self.keys)
+            rare_E = self.share(self.usage, self.steps) < rules.theta_percentile / len(self.keys)
             self.health.copy_(torch.where(rare_E, (1 - rules.delta) * self.health, 1.0))
         self.keys.copy_(keys_ED)
 
@@ -162,16 +167,15 @@ class KeyStore(nn.Module):
         self.health[dead_n] = 1.0
         self.respawns += len(dead_n)
 
-    def average(self, average_E: torch.Tensor, new_E: torch.Tensor) -> None:
-        """Take one step's sums into an average (or a total, where the rule keeps one)."""
+    def averaged(self, average_E: torch.Tensor, new_E: torch.Tensor) -> torch.Tensor:
+        """(E,) an average (or a total, where the rule keeps one) with one step's sums taken in."""
         if self.rules.usage == "total":
-            average_E += new_E
-        else:
-            average_E.mul_(self.rules.ema_decay).add_(new_E, alpha=1 - self.rules.ema_decay)
+            return average_E + new_E
+        return (self.rules.ema_decay * average_E).add_(new_E, alpha=1 - self.rules.ema_decay)
 
     def _peer_mass(self, counts_E: torch.Tensor) -> torch.Tensor:
         """(E, E): row i holds what divides the pull of every j on i."""
-        mass_E = self.mass(counts_E)
+        mass_E = self.mass(counts_E, self.usage, self.steps)
         if self.rules.peer_mass == "own":
             return ((self.top_k - 1) * mass_E)[:, None].expand(-1, len(mass_E))
         choose = torch.minimum if self.rules.peer_mass == "min" else torch.maximum
@@ -199,44 +203,71 @@ class KeyStore(nn.Module):
         return torch.where(chosen_E[:, None], unit_ED, keys_ED)
 
 
-@torch.no_grad()
-def update_key_stores(
-    stores: Sequence[KeyStore], statistics: Sequence[KeyStatistics], group: dist.ProcessGroup | None = None
-) -> None:
+class KeyStoreUpdate:
     """One update of every layer's key store from its statistics, summed over the ranks of `group` (None = this rank).
+
+    It comes in three moves, so that the sums can travel while the caller does something else: making it sends the counts,
+    `fold` waits for them and sends the rest, `finish` waits for that and moves the keys, if at all. Until then the stores
+    are as they were. All ranks make the same moves in the same order among the collectives of `group`.
 
     Two collectives for all layers together: integer counts first; with the global counts known, the K attraction slots
     fold into one (E, D) sum a layer, which is the second. A layer with dead keys gathers candidates in two more.
     """
-    if not stores:
-        return
-    for store, stats in zip(stores, statistics, strict=True):
-        assert store.rules.respawn_threshold == 0 or stats.candidates is not None, "a rule that respawns needs candidates"
-    counts = [s.counts_EK for s in statistics]
-    pairs = [s.pairs_EE for s in statistics]
-    _all_reduce_together([*counts, *pairs], group)
 
-    maps = []
-    for store, stats in zip(stores, statistics, strict=True):
-        store.steps += 1
-        store.count_usage(stats.counts_EK)
-        maps.append(store.attraction(stats.counts_EK))
-    pulls = [
-        torch.einsum("ek,ked->ed", weights_EK, stats.query_sums_KED)
-        for (_, weights_EK), stats in zip(maps, statistics, strict=True)
-    ]
-    masses = [s.gate_mass_E for s in statistics]
-    _all_reduce_together([*pulls, *masses], group)
+    @torch.no_grad()
+    def __init__(
+        self,
+        stores: Sequence[KeyStore],
+        statistics: Sequence[KeyStatistics],
+        group: dist.ProcessGroup | None = None,
+    ):
+        for store, stats in zip(stores, statistics, strict=True):
+            assert store.rules.respawn_threshold == 0 or stats.candidates is not None, (
+                "a rule that respawns needs candidates"
+            )
+        self.layers, self.group = list(zip(stores, statistics, strict=True)), group
+        self._counts = _Reduction([*(s.counts_EK for s in statistics), *(s.pairs_EE for s in statistics)], group)
 
-    for store, stats, (keep_E, _), pull_ED in zip(stores, statistics, maps, pulls, strict=True):
-        counts_E = stats.counts_EK.sum(1)
-        store.average(store.usage_mass, stats.gate_mass_E)
-        store.move_keys(keep_E, pull_ED, stats.pairs_EE, counts_E)
-        if store.rules.respawn_threshold > 0:
-            dead_n = store.dead_experts()
-            # With fewer tokens than dead keys nothing is drawn (specs 3.9).
-            if 0 < len(dead_n) * store.top_k <= int(counts_E.sum()):
-                store.respawn(dead_n, stats.candidates.gather(len(dead_n), group))
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Make one sum of the query sums of all slots."""
+        self._counts.wait()
+        self._usages = [store.usage_after(stats.counts_EK) for store, stats in self.layers]
+        self._keeps, self._pulls = [], []
+        for (store, stats), usage_E in zip(self.layers, self._usages, strict=True):
+            keep_E, weights_EK = store.attraction(stats.counts_EK, usage_E)
+            self._keeps.append(keep_E)
+            self._pulls.append(torch.einsum("ek,ked->ed", weights_EK, stats.query_sums_KED))
+        self._sums = _Reduction([*self._pulls, *(stats.gate_mass_E for _, stats in self.layers)], self.group)
+
+    @torch.no_grad()
+    def finish(self, apply: bool = True) -> None:
+        """Move the keys; with `apply` False (the step was skipped) only wait for what is on its way."""
+        self._sums.wait()
+        if not apply:
+            return
+        for (store, stats), usage_E, keep_E, pull_ED in zip(
+            self.layers, self._usages, self._keeps, self._pulls, strict=True
+        ):
+            counts_E = stats.counts_EK.sum(1)
+            store.steps += 1
+            store.usage.copy_(usage_E)
+            store.usage_mass.copy_(store.averaged(store.usage_mass, stats.gate_mass_E))
+            store.move_keys(keep_E, pull_ED, stats.pairs_EE, counts_E)
+            if store.rules.respawn_threshold > 0:
+                dead_n = store.dead_experts()
+                # With fewer tokens than dead keys nothing is drawn (specs 3.9).
+                if 0 < len(dead_n) * store.top_k <= int(counts_E.sum()):
+                    store.respawn(dead_n, stats.candidates.gather(len(dead_n), self.group))
+
+
+def update_key_stores(
+    stores: Sequence[KeyStore], statistics: Sequence[KeyStatistics], group: dist.ProcessGroup | None = None
+) -> None:
+    """A `KeyStoreUpdate` in one go."""
+    update = KeyStoreUpdate(stores, statistics, group)
+    update.fold()
+    update.finish()
 
 
 def _ratio(numerator: torch.Tensor, mass: torch.Tensor) -> torch.Tensor:
@@ -253,14 +284,23 @@ def _tokens_before(tokens: int, group: dist.ProcessGroup | None) -> int:
     return sum(counts[: dist.get_rank(group)])
 
 
-def _all_reduce_together(tensors: list[torch.Tensor], group: dist.ProcessGroup | None) -> None:
-    """Sum equal-dtype tensors over the ranks in place, in one collective."""
-    if group is None:
-        return
-    flat = torch.cat([t.flatten() for t in tensors])
-    dist.all_reduce(flat, group=group)
-    for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
-        tensor.copy_(part.view_as(tensor))
+class _Reduction:
+    """Equal-dtype tensors on their way to their sums over the ranks, in place and in one collective."""
+
+    def __init__(self, tensors: list[torch.Tensor], group: dist.ProcessGroup | None):
+        self._tensors, self._work = tensors, None
+        if tensors and group is not None and dist.get_world_size(group) > 1:
+            self._flat = torch.cat([t.flatten() for t in tensors])
+            self._work = dist.all_reduce(self._flat, group=group, async_op=True)
+
+    def wait(self) -> None:
+        """Until the tensors hold the sums."""
+        if self._work is None:
+            return
+        self._work.wait()
+        for tensor, part in zip(self._tensors, self._flat.split([t.numel() for t in self._tensors]), strict=True):
+            tensor.copy_(part.view_as(tensor))
+        self._flat = None
 
 
 def key_store_hashes(stores: Sequence[KeyStore]) -> torch.Tensor:

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from modeling.some import KeyRules, KeyStatistics, KeyStore, update_key_stores
+from modeling.some import KeyRules, KeyStatistics, KeyStore, KeyStoreUpdate, update_key_stores
 from modeling.some.keys import key_store_hashes
 from tests.distributed import run_ranks
 from tests.modeling.test_keys import RESPAWNING, D, E, T, batch, loud
@@ -279,3 +279,39 @@ def test_adding_parts_keeps_no_more_candidates_than_experts():
     expected = choose_tokens(list(range(4 * T)), list(range(4 * T)), seed=0, layer=0, step=1)[:E]
     all_queries_TD = torch.cat([batch(step, 3)[0] for step in range(4)])
     assert torch.equal(total.candidates.queries_CD, all_queries_TD[expected])
+
+
+def _in_three_moves(rank: int) -> bool:
+    """Updates of which every second is dropped, between other traffic and with late ranks; against updates in one go."""
+    other_group = dist.new_group()
+    waited, at_once = ([KeyStore(E, D, 3, loud("v7"), seed=1, layer=layer) for layer in range(LAYERS)] for _ in range(2))
+    equal, traffic = [], torch.ones(64)
+    for step in range(2 * UPDATES):
+        totals = []
+        for stores in (waited, at_once):
+            total = []
+            for layer, store in enumerate(stores):
+                tensors = [tensor[slice(*SHARES[2][rank])] for tensor in batch(10 * layer + step, 3)]
+                numbers_T = torch.arange(T)[slice(*SHARES[2][rank])]
+                candidates = store.candidates(tensors[0], numbers_T, tensors[3])
+                total.append(KeyStatistics.of(E, *tensors, candidates))
+            totals.append(total)
+        before = key_store_hashes(waited)
+        update = KeyStoreUpdate(waited, totals[0], other_group)
+        dist.all_reduce(traffic)
+        if rank == step % 2:
+            torch.randn(400, 400) @ torch.randn(400, 400)  # the other rank has to wait
+        update.fold()
+        dist.all_reduce(traffic)
+        equal.append(torch.equal(key_store_hashes(waited), before))
+        update.finish(apply=step % 2 == 0)
+        if step % 2 == 0:
+            update_key_stores(at_once, totals[1], dist.group.WORLD)
+        for ours, theirs in zip(waited, at_once, strict=True):
+            equal += [torch.equal(a, b) for a, b in zip(ours.buffers(), theirs.buffers(), strict=True)]
+            equal.append(ours.steps == theirs.steps == step // 2 + 1)
+    return all(equal) and bool((traffic == 2.0 ** (4 * UPDATES)).all()) and all(s.respawns > 0 for s in waited)
+
+
+def test_an_update_in_three_moves_is_bitwise_one_in_one_go():
+    assert run_ranks(_in_three_moves, 2) == [True, True]

@@ -223,6 +223,11 @@ def test_memory_moves_with_what_it_depends_on():
     extra = memory(experiment, spread).pool - memory(experiment, eight).pool
     assert extra == 10 * 2 * experiment.model.some.num_expert_parameters() * 4, "nine copies on eight ranks are two on one"
     assert memory(experiment, one).exchange == 0 < memory(experiment, eight).exchange
+    gridded, matrices = load_experiment("b3", ["model.some.expert_grid=fp8"]), 512 * 2 * 512 * 1024
+    assert memory(experiment, one).pool - memory(gridded, one).pool == 10 * 3 * matrices, "one byte a weight, not four"
+    on_gpu = replace(one, device="cuda")
+    beside = memory(gridded, on_gpu).activations - memory(experiment, on_gpu).activations
+    assert beside == 4 * matrices, "those of one layer in the dtype that computes"
     longer = replace(experiment, model=replace(experiment.model, max_seq_len=2 * experiment.model.max_seq_len))
     assert memory(longer, one).activations == 2 * memory(experiment, one).activations
     offloaded = memory(experiment, replace(eight, sharding=Sharding(offload=True)))
