@@ -21,8 +21,9 @@ from safetensors.torch import load_file
 
 from modeling.some.balance import plan
 from modeling.some.placement import Placement
-from trainer.checkpoint import KEYS, newest_checkpoint, read_state
+from trainer.checkpoint import KEYS
 from trainer.config import experiment_from_dict
+from trainer.resume import checkpoint_at
 
 GIB = 2**30
 RANKS = (2, 4, 8)
@@ -60,10 +61,8 @@ def measure(path: Path, ranks: list[int] | None = None, replicas: int | str = "a
         ValueError: no checkpoint, a model without experts, one that has not trained, ranks that do not divide the experts,
             more replicas than there is room for.
     """
-    folder = path if (path / "state.json").exists() else newest_checkpoint(path / "checkpoints") or newest_checkpoint(path)
-    if folder is None:
-        raise ValueError(f"{path}: holds no checkpoint; give a run's folder or one of its checkpoints/step_* folders")
-    state = read_state(folder)
+    found = checkpoint_at(path)
+    folder, state = found.folder, found.state
     experiment, stores = experiment_from_dict(state.experiment), load_file(folder / KEYS)
     model, some = experiment.model, experiment.model.some
     if model.channel_mixer != "some":

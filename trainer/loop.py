@@ -13,16 +13,18 @@ import torch.distributed as dist
 
 from modeling.some import KeyStore, update_key_stores
 from modeling.some.keys import key_store_hashes
-from trainer.checkpoint import RunState, save_checkpoint
+from trainer.checkpoint import RunState
 from trainer.config import Experiment
 from trainer.console import Console
 from trainer.data import Batch, Dataset, TrainOrder, micro_batches
 from trainer.distributed import Layout
 from trainer.engine import Engine, StepResult
 from trainer.evaluate import evaluate
+from trainer.faults import Faults
 from trainer.memory import FreedMemory
 from trainer.metrics import RunLog, accumulate_statistics
 from trainer.placement import begin_placement, replan_if_due
+from trainer.saver import Saver
 from trainer.schedule import learning_rate
 
 
@@ -43,6 +45,10 @@ class Trainer:
     log: RunLog | None
     console: Console
     freed_memory: FreedMemory = field(default_factory=FreedMemory)
+
+    def __post_init__(self) -> None:
+        self._faults = Faults(self.experiment.faults, dist.get_rank())
+        self._saver = Saver(self.output_dir, self.experiment.checkpoint, self._faults, self.log)
 
     @property
     def stores(self) -> list[KeyStore]:
@@ -80,6 +86,7 @@ class Trainer:
             is_best = (step % self._eval_every == 0 or is_last) and self._evaluate()
             if step % checkpoint.every == 0 or is_last or is_best:
                 self._save()
+        self._saver.wait()
         self.console.end()
         self._record("end", step=self.state.step, finished=self.state.step >= self.state.total_steps)
 
@@ -87,6 +94,7 @@ class Trainer:
         """One optimizer step, and the key stores' step after it."""
         began = time.perf_counter()
         step, train = self.state.step, self.experiment.train
+        self._faults.at("step", step + 1)
         sequence_ids = self.order.sequence_ids(step)
         tokens = int(self.dataset.train.lengths[sequence_ids].sum())
         # A batch of rows of one token has no target; its loss is 0.
@@ -98,8 +106,9 @@ class Trainer:
         batches = micro_batches(
             self.dataset.train, sequence_ids, dist.get_rank(), dist.get_world_size(), self.layout.micro_batch
         )
-        for batch in batches:
-            micro_loss, routing = self._forward_backward(batch, targets, temperature)
+        for number, batch in enumerate(batches):
+            spoiled = number == 0 and self._faults.spoils_loss(step + 1)
+            micro_loss, routing = self._forward_backward(batch, targets, temperature, spoiled)
             loss += micro_loss
             routed_BS = batch.attention_mask_BS
             real_T, token_ids_T = batch.is_real_BS[routed_BS], batch.token_ids_BS[routed_BS]
@@ -111,12 +120,17 @@ class Trainer:
         if result.applied:
             update_key_stores(self.stores, statistics, dist.group.WORLD)
 
-        dist.all_reduce(loss)
+        # Beside the loss: whether a checkpoint could not be written while training went on. All ranks learn it in one step.
+        totals_2 = torch.stack([loss, loss.new_tensor(float(self._saver.failed()))])
+        dist.all_reduce(totals_2)
+        loss, failed = totals_2.tolist()
         self.freed_memory.release()
         self.state.step += 1
         self.state.tokens += tokens
         self.state.skipped += not result.applied
-        self._report_step(float(loss), result, rate, tokens, time.perf_counter() - began)
+        self._report_step(loss, result, rate, tokens, time.perf_counter() - began)
+        if failed:
+            self._saver.wait()
 
     def _temperature(self, epoch: int) -> float | None:
         """The gates' temperature in an epoch (from 0); None = the model's own."""
@@ -126,8 +140,10 @@ class Trainer:
         # `steps` may make a run longer than `epochs`.
         return start - (start - train.temperature_end) * min(1.0, epoch / train.epochs)
 
-    def _forward_backward(self, batch: Batch, targets: int, temperature: float | None) -> tuple[torch.Tensor, list]:
-        """This micro batch's share of the step's loss over `targets` targets, and its routing."""
+    def _forward_backward(
+        self, batch: Batch, targets: int, temperature: float | None, spoiled: bool
+    ) -> tuple[torch.Tensor, list]:
+        """This micro batch's share of the step's loss over `targets` targets, NaN if it is `spoiled`, and its routing."""
         device = self.engine.device
         mask_BS = batch.routing_mask
         out = self.engine.forward(
@@ -137,6 +153,8 @@ class Trainer:
             targets_BS=batch.targets_BS.to(device),
         )
         loss = out.losses_T.sum() / targets
+        if spoiled:
+            loss = loss * torch.nan
         self.engine.backward(loss)
         return loss.detach(), out.routing
 
@@ -193,13 +211,7 @@ class Trainer:
         return is_best
 
     def _save(self) -> None:
-        """Every rank gathers the core; rank 0 writes; nobody goes on before it is written."""
-        began = time.perf_counter()
-        core = self.engine.core_state()
-        if dist.get_rank() == 0:
-            folder = save_checkpoint(self.output_dir, self.state, core, self.stores, self.experiment.checkpoint.keep)
-            self._record("checkpoint", step=self.state.step, path=folder.name, seconds=time.perf_counter() - began)
-        dist.barrier()
+        self._saver.save(self.state, self.engine, self.stores)
 
     def _record(self, event: str, **values) -> None:
         if self.log is not None:
