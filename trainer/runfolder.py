@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from trainer.checkpoint import differing_keys
-from trainer.config import Experiment, load_experiment
+from trainer.config import Experiment, experiment_from_dict
 from trainer.distributed import Launch, Layout
 from trainer.storage import write_text_atomically
 
@@ -34,13 +34,13 @@ def began_here(output_dir: Path, experiment: Experiment, ds_config: dict[str, An
 
     It is asked where there is no checkpoint: a run that was killed before its first one starts over in place.
     """
-    path = output_dir / "config.yaml"
     try:
-        earlier = load_experiment(str(path)).to_dict()
-        how = yaml.safe_load(path.read_text(encoding="utf-8"))["run"]
-    except (ValueError, OSError, KeyError):
-        return False
-    return how["ds_config"] == ds_config and not differing_keys(earlier, experiment.to_dict())
+        values = yaml.safe_load((output_dir / "config.yaml").read_text(encoding="utf-8"))
+        how = values.pop("run")
+        earlier = experiment_from_dict(values).to_dict()
+    except (OSError, ValueError, KeyError, AttributeError, yaml.YAMLError):
+        return False  # none, or not one of ours: it is moved aside
+    return how.get("ds_config") == ds_config and not differing_keys(earlier, experiment.to_dict())
 
 
 def write_config(
