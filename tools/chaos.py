@@ -16,6 +16,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +26,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
     sys.path[0] = str(REPOSITORY)
 
-from tools.chaos_ranks import Ranks
+from tools.chaos_ranks import Ranks, prepare
 from tools.runs import EXIT_FAILED, EXIT_REFUSED, Run, read_run
 from trainer.checkpoint import MANIFEST, TENSORS
 from trainer.config import load_experiment
@@ -52,7 +53,7 @@ class Row:
     tried: int = 0
     """It happened."""
     went_on: int = 0
-    """The restart went on from the newest whole checkpoint."""
+    """The run went on from its newest whole checkpoint, or was at its end."""
     same_end: int = 0
     """The run that it happened to ended as the unbroken one."""
 
@@ -70,10 +71,13 @@ class Chaos:
     problems: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.reference = self.folder / "unbroken"
-        if (code := self._start(self.reference)) != DONE:
-            raise RuntimeError(f"the unbroken run failed with exit code {code}; see {self._log(self.reference)}")
-        self.unbroken = read_run(self.reference)
+        reference = self.folder / "unbroken"
+        prepare()
+        began = time.monotonic()
+        if (code := self._start(reference)) != DONE:
+            raise RuntimeError(f"the unbroken run failed with exit code {code}; see {self._log(reference)}")
+        self.seconds = time.monotonic() - began
+        self.unbroken = read_run(reference)
         end = self.unbroken.of("end")[-1]
         self.total_steps, self.every = end["step"], self.unbroken.experiment.checkpoint.every
 
@@ -88,23 +92,29 @@ class Chaos:
 
     def run(self, number: int, faults: list[str]) -> list[str]:
         """One run under `faults`, in turn, and then to its end; those that did not happen, the run having ended before."""
-        output_dir, happened, missed = self.folder / f"run_{number}", [], list(faults)
+        output_dir, missed = self.folder / f"run_{number}", list(faults)
+        happened: list[str] = []
+        waiting: list[str] = []  # for the next start that comes so far as to say where it begins
         while True:
-            expected = _newest_step(output_dir)
-            fault = missed[0] if missed and expected < self.total_steps else None
-            code = self._start(output_dir, fault, expected)
-            began = next(iter(reversed(read_run(output_dir).of("start"))), None)
-            if happened and expected < self.total_steps and began is not None and began["step"] == expected:
-                self.rows[happened[-1]].went_on += 1
+            newest, starts = _newest_step(output_dir), len(read_run(output_dir).of("start"))
+            fault = missed[0] if missed and newest < self.total_steps else None
+            code = self._start(output_dir, fault, newest)
+            began = [record["step"] for record in read_run(output_dir).of("start")[starts:]]
+            if began or code == DONE:
+                if began not in ([newest], []):
+                    self.problems.append(f"run {number} went on from step {began[0]} instead of {newest}")
+                    return missed
+                for earlier in waiting:
+                    self.rows[earlier].went_on += 1
+                waiting = []
             if code == DONE:
                 break
             if fault is None:
                 self.problems.append(f"run {number} did not go on: exit code {code}; see {self._log(output_dir)}")
                 return missed
             happened.append(missed.pop(0))
+            waiting.append(fault)
             self.rows.setdefault(fault, Row()).tried += 1
-            # A run that was killed after its last save has nothing left to go on with.
-            self.rows[fault].went_on += _newest_step(output_dir) == self.total_steps
         differences = compare(self.unbroken, read_run(output_dir))
         self.problems += [f"run {number}: {difference}" for difference in differences]
         for fault in happened:
@@ -127,7 +137,7 @@ class Chaos:
         step = self.draw.randint(newest + 1, min(newest + self.every + 1, self.total_steps))
         saves = [*range(self.every, self.total_steps, self.every), self.total_steps]
         save = next(step for step in saves if step > newest)
-        after = self.draw.uniform(0.5, 5)
+        after = self.draw.uniform(0, self.seconds)
         for rank in range(self.ranks):
             if fault == STEP.format(rank):
                 return ["--set", f"faults.kill=rank={rank} step={step}"], lambda ranks, seconds: None

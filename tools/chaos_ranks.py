@@ -26,6 +26,17 @@ SECONDS_TO_RUN = 600
 """For a start of a short training, after which it counts as hanging."""
 
 
+SERVER = mp.get_context("forkserver")
+
+
+def prepare() -> None:
+    """Start the server, and wait until it has imported everything."""
+    SERVER.set_forkserver_preload(PRELOADED)
+    process = SERVER.Process(target=os.getpid)
+    process.start()
+    process.join()
+
+
 class Ranks:
     """The ranks of one start.
 
@@ -36,11 +47,9 @@ class Ranks:
     """
 
     def __init__(self, arguments: list[str], world_size: int, log: Path):
-        context = mp.get_context("forkserver")
-        context.set_forkserver_preload(PRELOADED)
         port = get_free_port()
         self.processes = [
-            context.Process(target=_rank, args=(rank, world_size, port, arguments, log)) for rank in range(world_size)
+            SERVER.Process(target=_rank, args=(rank, world_size, port, arguments, log)) for rank in range(world_size)
         ]
         for process in self.processes:
             process.start()

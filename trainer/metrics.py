@@ -133,11 +133,12 @@ class RunLog:
     """
 
     def __init__(self, output_dir: Path, resumed_step: int, tensorboard: bool):
-        output_dir.mkdir(parents=True, exist_ok=True)
         self._path = output_dir / "metrics.jsonl"
-        if self._path.exists():
-            self._drop_after(resumed_step)
-        self._file = open(self._path, "a", encoding="utf-8", buffering=1)
+        with self._storage():
+            output_dir.mkdir(parents=True, exist_ok=True)
+            if self._path.exists():
+                self._drop_after(resumed_step)
+            self._file = open(self._path, "a", encoding="utf-8", buffering=1)
         self._board = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
