@@ -11,9 +11,10 @@ from modeling.some import KeyRules, KeyStore
 from tests.distributed import run_ranks
 from tests.training import make_trainer, train
 from tools import balance
-from trainer.checkpoint import RunState, save_checkpoint
+from trainer.checkpoint import RunState, Snapshot, save_checkpoint
 from trainer.config import load_experiment
 from trainer.engine import CoreState
+from trainer.faults import Faults, FaultsConfig
 
 SETTINGS = ["model.num_layers=2", "model.d_model=16", "model.num_heads=2", "model.some.d_ffn=8", "model.vocab_size=300",
             "data.train_documents=64", "data.val_documents=8", "data.tokenizer_documents=null"]  # fmt: skip
@@ -30,7 +31,8 @@ def make_run(tmp_path, cache_dir):
         stores = [KeyStore(16, 16, 2, KeyRules()) for _ in usage_LE]
         for store, usage_E in zip(stores, usage_LE, strict=True):
             store.usage.copy_(torch.tensor(usage_E))
-        return str(save_checkpoint(tmp_path / "run", state, core, stores, keep=1).parent.parent)
+        snapshot = Snapshot.of(state, core, stores)
+        return str(save_checkpoint(tmp_path / "run", snapshot, 1, Faults(FaultsConfig(), rank=0)).parent.parent)
 
     return make
 

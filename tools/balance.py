@@ -27,10 +27,11 @@ from modeling.some.placement import Placement
 from tools.balance_time import Replay, time_ways
 from tools.bench_table import BenchmarkFailed, spread
 from tools.runs import EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED, stop_on_signals
-from trainer.checkpoint import KEYS, newest_checkpoint, read_state
+from trainer.checkpoint import KEYS
 from trainer.config import Experiment, experiment_from_dict
 from trainer.data import check_source, open_data, prepare_data
 from trainer.plan import GIB, expert_bytes
+from trainer.resume import checkpoint_at
 
 RANKS = (2, 4, 8)
 
@@ -88,10 +89,8 @@ def measure(
             (for timing: or the batch), more replicas than there is room for, data that is not the checkpoint's.
         BenchmarkFailed: a rank ended early.
     """
-    folder = path if (path / "state.json").exists() else newest_checkpoint(path / "checkpoints") or newest_checkpoint(path)
-    if folder is None:
-        raise ValueError(f"{path}: holds no checkpoint; give a run's folder or one of its checkpoints/step_* folders")
-    state = read_state(folder)
+    found = checkpoint_at(path)
+    folder, state = found.folder, found.state
     experiment, stores = experiment_from_dict(state.experiment), load_file(folder / KEYS)
     model, some = experiment.model, experiment.model.some
     if model.channel_mixer != "some":

@@ -20,12 +20,12 @@ if __name__ == "__main__":
 
 from tools.options import Cluster, Option, all_options, as_it_stands, best_of_each, largest_difference, why
 from tools.runs import EXIT_FAILED, EXIT_REFUSED
-from trainer.checkpoint import write_text_atomically
 from trainer.cluster import Machine, read_machine
 from trainer.config import Experiment, load_experiment
 from trainer.distributed import Launch, Layout
 from trainer.ds_config import load_ds_config
 from trainer.plan import GIB, Sharding, parts
+from trainer.storage import write_text_atomically
 from trainer.usage import read_usage
 
 MACHINES = Path(__file__).parent / "machines.yaml"

@@ -25,11 +25,11 @@ if __name__ == "__main__":
 from tools.results import SMALL, Row, changed_settings
 from tools.results_table import CONVENTIONS, RULE, brief, markdown
 from tools.runs import EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED, FAILED, command, read_run, start, stop_on_signals
-from trainer.checkpoint import write_text_atomically
 from trainer.config import Experiment, experiment_names, load_experiment
 from trainer.controls import CONTROLS
 from trainer.distributed import Launch, Layout
 from trainer.ds_config import is_bf16, load_ds_config
+from trainer.storage import write_text_atomically
 
 SMALL_STEPS = 40
 

@@ -4,33 +4,43 @@
                               optimizer.safetensors   AdamW moments
                               keys.safetensors        key stores
                               state.json              step, experiment, data and tokenizer hashes, pool manifest, ...
-    checkpoints/latest                                name of the newest whole checkpoint, written last
+                              manifest.json           size and SHA-256 of each of these, written last
+    checkpoints/latest                                name of the newest checkpoint, for scripts; the trainer needs it not
 
-A folder is written under a temporary name, synced and renamed, so a name `step_*` means a whole checkpoint. The frozen
-pool is never saved: its manifest is, and is compared on resume. No generator needs saving: every draw is a function of
-the seed, its purpose and the step.
+A folder is written under a temporary name (`.tmp-*`), synced and renamed. A checkpoint is whole when every file is what its
+manifest says, which is verified before anything is loaded. The frozen pool is never saved: its own manifest is, and is
+compared on resume. No generator needs saving: every draw is a function of the seed, its purpose and the step.
 """
 
+import errno
+import hashlib
 import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as to_safetensors
 
 from modeling.some import KeyStore
 from trainer.config import Experiment
 from trainer.engine import MOMENTS, CoreState
+from trainer.faults import Faults
 from trainer.published import merge
+from trainer.storage import StorageError, describe_free, megabytes, remove, sync, write_file, write_text_atomically
 
-FORMAT = "some-checkpoint-2"
-POINTER = "latest"
-CORE, OPTIMIZER, KEYS = FILES = ("core.safetensors", "optimizer.safetensors", "keys.safetensors")
+FORMAT = "some-checkpoint-3"
+POINTER, STATE, MANIFEST = "latest", "state.json", "manifest.json"
+CORE, OPTIMIZER, KEYS = TENSORS = ("core.safetensors", "optimizer.safetensors", "keys.safetensors")
+FILES = (*TENSORS, STATE)
+"""What the manifest vouches for."""
+REPLACEMENT = ".new"
+"""Suffix of a checkpoint that is about to take the place of one of the same step."""
 
 # What may differ between a checkpoint and the run that resumes it, since no number of the curve depends on it.
 # The data's path may change; its content is compared by hash.
@@ -38,7 +48,7 @@ FREE_KEYS = {
     "name", "data.path", "data.cache_dir", "data.allow_fewer", "train.max_micro_batch", "train.eval_every",
     "train.deterministic", "train.max_skipped", "train.on_nan",
 }  # fmt: skip
-FREE_SECTIONS = ("parallel.", "checkpoint.", "log.", "sample.")
+FREE_SECTIONS = ("parallel.", "checkpoint.", "log.", "sample.", "faults.")
 
 
 @dataclass
@@ -88,65 +98,94 @@ class RunState:
     """Format of the folder."""
 
 
-def find_checkpoint(resume: str, output_dir: Path) -> Path | None:
-    """The checkpoint folder that `--resume` asks for; None = start at step 0.
+@dataclass(frozen=True)
+class Snapshot:
+    """What one checkpoint holds: copies on the CPU, which do not change while training goes on."""
 
-    Args:
-        resume: `auto` (the newest of `output_dir`, if any), `never`, or a run's folder or checkpoint folder.
-        output_dir: the run's folder.
+    state: RunState
+    tensors: dict[str, dict[str, torch.Tensor]]
+    """By file and name."""
 
-    Raises:
-        ValueError: a named folder without a checkpoint.
-    """
-    if resume == "never":
-        return None
-    if resume == "auto":
-        return newest_checkpoint(output_dir / "checkpoints")
-    path = Path(resume)
-    if (path / "state.json").exists():
-        return path
-    found = newest_checkpoint(path / "checkpoints") or newest_checkpoint(path)
-    if found is None:
-        raise ValueError(
-            f"--resume {resume}: holds no checkpoint; give a run's folder or one of its checkpoints/step_* folders"
+    @staticmethod
+    def of(state: RunState, core: CoreState, stores: list[KeyStore]) -> "Snapshot":
+        """Of a run as it is now; `core` is the snapshot's from now on."""
+        steps = dict(key_store_steps=[store.steps for store in stores], optimizer_steps=core.steps)
+        return Snapshot(
+            state=deepcopy(replace(state, **steps)),
+            tensors={
+                CORE: core.parameters,
+                OPTIMIZER: {f"{moment}/{name}": t for moment, values in core.moments.items() for name, t in values.items()},
+                KEYS: {
+                    f"{layer}/{name}": buffer.detach().to("cpu", copy=True)
+                    for layer, store in enumerate(stores)
+                    for name, buffer in store.named_buffers()
+                },
+            },
         )
-    return found
 
+    @property
+    def num_bytes(self) -> int:
+        """What it takes on a disk, a little rounded up."""
+        tensors = [tensor for file in self.tensors.values() for tensor in file.values()]
+        return sum(tensor.nbytes + 256 for tensor in tensors) + len(self.state_json()) + 2**16
 
-def newest_checkpoint(folder: Path) -> Path | None:
-    """What the pointer names, or the newest whole folder if the pointer was lost or names none."""
-    pointer = folder / POINTER
-    if pointer.exists():
-        named = folder / pointer.read_text(encoding="utf-8").strip()
-        if (named / "state.json").exists():
-            return named
-    whole = sorted(path for path in folder.glob("step_*") if (path / "state.json").exists())
-    return whole[-1] if whole else None
+    def state_json(self) -> bytes:
+        """The contents of `state.json`."""
+        return json.dumps(asdict(self.state), indent=1).encode()
 
 
 def read_state(folder: Path) -> RunState:
-    """The state of a checkpoint.
+    """Verify a checkpoint and return its state.
 
     Raises:
-        ValueError: not a checkpoint of this project.
+        ValueError: not a whole checkpoint of this trainer.
     """
     try:
-        values = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        if values.get("format") != FORMAT:
-            raise ValueError(f"format {values.get('format')!r} instead of {FORMAT!r}")
-        state = RunState(**values)
-        if not isinstance(state.experiment, dict):
-            raise ValueError("no experiment in it")
-        for name in FILES:
-            with safe_open(folder / name, framework="pt") as file:
-                # A model without SoME layers has no keys.
-                if name != KEYS and not file.keys():
-                    raise ValueError(f"{name} is empty")
-        return state
-    except (OSError, ValueError, AttributeError, TypeError, SafetensorError) as error:
+        return verify(folder)
+    except ValueError as error:
         raise ValueError(
-            f"--resume {folder}: not a checkpoint of this trainer ({error}); use --resume never to start anew"
+            f"{folder}: not a checkpoint of this trainer, or a damaged one ({error}); name another, or its run's folder for "
+            f"the newest whole one, or start anew with --resume never"
         ) from None
+
+
+def verify(folder: Path) -> RunState:
+    """Compare every byte of a checkpoint with its manifest; the state in it.
+
+    Raises:
+        ValueError: what is wrong with the first part that is.
+    """
+    try:
+        if not (folder / MANIFEST).exists():
+            raise ValueError(f"{MANIFEST} is missing: it is half-written, or from before there were manifests")
+        manifest = _read_json(folder / MANIFEST)
+        if manifest.get("format") != FORMAT:
+            raise ValueError(f"it has format {manifest.get('format')!r} instead of {FORMAT!r}")
+        files = manifest["files"]
+        if set(files) != set(FILES):
+            raise ValueError(f"{MANIFEST} lists other files than {', '.join(FILES)}")
+        for name in FILES:
+            size = (folder / name).stat().st_size
+            if size != files[name]["bytes"]:
+                raise ValueError(f"{name} has {size:,} bytes instead of {files[name]['bytes']:,}")
+        for name in FILES:
+            with open(folder / name, "rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != files[name]["sha256"]:
+                    raise ValueError(f"{name} is not what was written: its SHA-256 differs")
+        return RunState(**_read_json(folder / STATE))
+    except FileNotFoundError as error:
+        raise ValueError(f"{Path(error.filename).name} is missing") from None
+    except OSError as error:
+        raise ValueError(f"{Path(error.filename or folder).name} cannot be read: {error.strerror}") from None
+    except (KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"{MANIFEST} or {STATE} is not of this trainer: {error}") from None
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError:
+        raise ValueError(f"{path.name} is not JSON") from None
 
 
 def check_resumable(folder: Path, saved: RunState, ours: RunState) -> None:
@@ -195,42 +234,99 @@ def checkpoint_folder(output_dir: Path, step: int) -> Path:
 
 
 def save_checkpoint(
-    output_dir: Path,
-    state: RunState,
-    core: CoreState,
-    stores: list[KeyStore],
-    keep: int,
-    on_file: Callable[[], None] = lambda: None,
+    output_dir: Path, snapshot: Snapshot, keep: int, faults: Faults, on_file: Callable[[], None] = lambda: None
 ) -> Path:
-    """Write a checkpoint and remove those no longer wanted; rank 0 only. `on_file` is called after each file."""
-    checkpoints = output_dir / "checkpoints"
-    checkpoints.mkdir(parents=True, exist_ok=True)
-    for stale in checkpoints.glob(".tmp-*"):
-        shutil.rmtree(stale)
-    final = checkpoint_folder(output_dir, state.step)
+    """Write a checkpoint and remove those no longer wanted; rank 0 only. `on_file` is called after each file.
+
+    Whatever ends it, the checkpoints before it stay whole until it is in place.
+
+    Raises:
+        StorageError: it could not be written; nothing of it is left.
+    """
+    step, checkpoints = snapshot.state.step, output_dir / "checkpoints"
+    final = checkpoint_folder(output_dir, step)
     temporary = checkpoints / f".tmp-{final.name}"
-    temporary.mkdir()
-
-    state.key_store_steps = [store.steps for store in stores]
-    state.optimizer_steps = core.steps
-    _write_tensors(temporary / CORE, core.parameters)
-    on_file()
-    moments = {f"{moment}/{name}": t for moment, values in core.moments.items() for name, t in values.items()}
-    _write_tensors(temporary / OPTIMIZER, moments)
-    on_file()
-    keys = {f"{layer}/{name}": t for layer, store in enumerate(stores) for name, t in store.named_buffers()}
-    _write_tensors(temporary / KEYS, keys)
-    on_file()
-    write_text_atomically(temporary / "state.json", json.dumps(asdict(state), indent=1))
-    _sync(temporary)
-
-    if final.exists():
-        shutil.rmtree(final)
-    os.replace(temporary, final)
-    _sync(checkpoints)
-    write_text_atomically(checkpoints / POINTER, final.name)
-    _remove_old(checkpoints, state, keep)
+    try:
+        with faults.stage("begin", step):
+            checkpoints.mkdir(parents=True, exist_ok=True)
+            remove_temporary(checkpoints)
+            for replacement in checkpoints.glob(f"step_*{REPLACEMENT}"):
+                _finish_replacing(replacement)
+            if shutil.disk_usage(checkpoints).free < snapshot.num_bytes:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            temporary.mkdir()
+        _write_files(temporary, snapshot, faults, on_file)
+        with faults.stage("rename", step):
+            _put_in_place(temporary, final)
+        with faults.stage("pointer", step):
+            write_text_atomically(checkpoints / POINTER, final.name)
+        with faults.stage("clean", step):
+            remove_superseded(final, snapshot.state, keep)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        whole = checkpoint_folders(checkpoints)
+        former = f"{whole[0].name} is the newest and untouched" if whole else "there is none before it"
+        raise StorageError(
+            f"checkpoint {final} cannot be written ({error.strerror}): {megabytes(snapshot.num_bytes)} needed, "
+            f"{describe_free(output_dir)}; {former}; make room and give the same command again"
+        ) from error
     return final
+
+
+def _write_files(folder: Path, snapshot: Snapshot, faults: Faults, on_file: Callable[[], None]) -> None:
+    """Every file, and the manifest of them last."""
+    step, files = snapshot.state.step, {}
+
+    def write(stage: str, name: str, content: bytes) -> None:
+        with faults.stage(stage, step):
+            write_file(folder / name, content, half_way=lambda: faults.at(f"inside {stage}", step))
+        files[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        on_file()
+
+    for name in TENSORS:
+        # A copy in memory of one file at a time: its checksum is of what was meant, not of what a disk made of it.
+        write(name, name, to_safetensors({key: tensor.contiguous() for key, tensor in snapshot.tensors[name].items()}))
+    write(STATE, STATE, snapshot.state_json())
+    write("manifest", MANIFEST, json.dumps({"format": FORMAT, "files": files}, indent=1).encode())
+    sync(folder)
+
+
+def _put_in_place(temporary: Path, final: Path) -> None:
+    """Give a written checkpoint its name. Where one of that step is there already, at no time is neither of them whole."""
+    replacement = final.with_name(final.name + REPLACEMENT)
+    os.replace(temporary, replacement if final.exists() else final)
+    sync(final.parent)
+    if replacement.exists():
+        _finish_replacing(replacement)
+
+
+def _finish_replacing(replacement: Path) -> None:
+    final = replacement.with_suffix("")
+    remove(final)
+    os.replace(replacement, final)
+    sync(final.parent)
+
+
+def checkpoint_folders(checkpoints: Path) -> list[Path]:
+    """Whole or not, newest first; a replacement comes before what it replaces."""
+    return sorted(checkpoints.glob("step_*"), key=lambda path: path.name, reverse=True)
+
+
+def remove_temporary(checkpoints: Path) -> None:
+    """What a save left that was cut short."""
+    for stale in checkpoints.glob(".tmp-*"):
+        remove(stale)
+
+
+def remove_superseded(newest: Path, state: RunState, keep: int) -> None:
+    """Of `newest`, which is whole and has `state`, and those before it: keep `keep`, the best evaluation's, and the one to
+    go back to."""
+    folders = [folder for folder in checkpoint_folders(newest.parent) if folder.name <= newest.name]
+    wanted = [state.rollback_to] + ([] if state.best is None else [state.best["step"]])
+    kept = {checkpoint_folder(newest.parent.parent, step).name for step in wanted if step is not None}
+    for folder in folders[keep:]:
+        if folder.name.removesuffix(REPLACEMENT) not in kept:
+            remove(folder)
 
 
 def load_checkpoint(folder: Path, saved: RunState, stores: list[KeyStore]) -> CoreState:
@@ -247,40 +343,3 @@ def load_checkpoint(folder: Path, saved: RunState, stores: list[KeyStore]) -> Co
         moments={moment: {name: moments[f"{moment}/{name}"] for name in parameters} for moment in MOMENTS},
         steps=saved.optimizer_steps,
     )
-
-
-def write_text_atomically(path: Path, text: str) -> None:
-    """Readers see the old text or the new one, also after a power cut."""
-    temporary = path.with_name(f".tmp-{path.name}")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    _sync(path.parent)
-
-
-def _write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
-    _sync(path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _remove_old(checkpoints: Path, state: RunState, keep: int) -> None:
-    """Keep the newest `keep`, the best evaluation's, and the one to go back to."""
-    folders = sorted(checkpoints.glob("step_*"))
-    kept = set(folders[-keep:])
-    if state.best is not None:
-        kept.add(checkpoint_folder(checkpoints.parent, state.best["step"]))
-    if state.rollback_to is not None:
-        kept.add(checkpoint_folder(checkpoints.parent, state.rollback_to))
-    for folder in folders:
-        if folder not in kept:
-            shutil.rmtree(folder)

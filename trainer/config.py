@@ -18,6 +18,7 @@ from modeling.config import ModelConfig
 from modeling.key_rules import RULE_PRESETS, KeyRules
 from trainer.controls import apply_control
 from trainer.data.config import DataConfig
+from trainer.faults import FaultsConfig
 from trainer.published import merge, published_experiment, published_ids
 
 EXPERIMENTS_DIR = Path(__file__).parent / "experiments"
@@ -162,6 +163,9 @@ class CheckpointConfig:
     """Steps between checkpoints; there is always one at the end and at every new best evaluation."""
     keep: int = 2
     """How many of the newest are kept; the best by validation loss is kept besides."""
+    asynchronous: bool = False
+    """Let a thread of rank 0 write checkpoints while training goes on, one at a time. It takes the memory of a checkpoint on
+    rank 0; the files are the same."""
 
     def __post_init__(self) -> None:
         _positive("checkpoint.every", self.every)
@@ -225,6 +229,8 @@ class Experiment:
     """What it shows."""
     sample: SampleConfig = field(default_factory=SampleConfig)
     """What a finished run prints."""
+    faults: FaultsConfig = field(default_factory=FaultsConfig)
+    """What goes wrong on purpose, for tests."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "model", apply_control(self.model, self.control))

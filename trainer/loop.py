@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from modeling.some import KeyStatistics, KeyStore, KeyStoreUpdate
 from modeling.some.keys import key_store_hashes
-from trainer.checkpoint import RunState, checkpoint_folder, load_checkpoint, read_state, save_checkpoint
+from trainer.checkpoint import RunState, checkpoint_folder, load_checkpoint, read_state
 from trainer.config import Experiment
 from trainer.console import Console
 from trainer.data import Batch, Dataset, TrainOrder, micro_batches
@@ -22,9 +22,11 @@ from trainer.diagnose import NumericalFault, find_suspects
 from trainer.distributed import Layout
 from trainer.engine import Engine, StepResult
 from trainer.evaluate import evaluate
+from trainer.faults import Faults
 from trainer.memory import FreedMemory
 from trainer.metrics import RunLog, accumulate_statistics
 from trainer.placement import begin_placement, replan_if_due
+from trainer.saver import Saver
 from trainer.schedule import learning_rate
 from trainer.stopping import StopSignals
 from trainer.watchdog import Progress
@@ -55,6 +57,10 @@ class Trainer:
     progress: Progress = field(default_factory=Progress)
     freed_memory: FreedMemory = field(default_factory=FreedMemory)
     stopped_by: str | None = None
+
+    def __post_init__(self) -> None:
+        self._faults = Faults(self.experiment.faults, dist.get_rank())
+        self._saver = Saver(self.output_dir, self.experiment.checkpoint, self._faults, self.log, self.progress.alive)
 
     @property
     def stores(self) -> list[KeyStore]:
@@ -105,6 +111,7 @@ class Trainer:
                 check_key_stores(self.stores, step)
             self.state.evaluation_due = step % self._eval_every == 0 or is_last
             self._evaluate_and_save(stop)
+        self._saver.wait()
         self.console.end()
         state, stopped = self.state, {} if self.stopped_by is None else {"stopped_by": self.stopped_by}
         finished = state.step >= state.total_steps and not state.evaluation_due
@@ -125,6 +132,7 @@ class Trainer:
         """One optimizer step, and the key stores' step after it."""
         began = time.perf_counter()
         step, train = self.state.step, self.experiment.train
+        self._faults.at("step", step + 1)
         sequence_ids = self.order.sequence_ids(step)
         tokens = int(self.dataset.train.lengths[sequence_ids].sum())
         # A batch of rows of one token has no target; its loss is 0.
@@ -138,6 +146,8 @@ class Trainer:
         for number, batch in enumerate(batches, start=1):
             self.progress.mark("forward and backward", step + 1)
             micro_loss, statistics = self._forward(batch, targets, temperature, statistics)
+            if number == 1 and self._faults.spoils_loss(step + 1):
+                micro_loss = micro_loss * torch.nan
             loss += micro_loss.detach()
             if number == len(batches):
                 # The sums over tokens are complete: they travel behind this backward, then behind the optimizer.
@@ -165,12 +175,18 @@ class Trainer:
         return micro_batches(self.dataset.train, sequence_ids, rank, world_size, self.layout.micro_batch)
 
     def _agree(self, value: torch.Tensor | float = 0.0) -> float:
-        """The sum of `value` over the ranks, who learn in the same collective whether one of them got a signal."""
+        """The sum of `value` over the ranks, who learn in the same collective whether one of them got a signal.
+
+        Raises:
+            StorageError: on every rank, where a checkpoint could not be written while training went on.
+        """
         received = self.signals.received
-        sums_2 = torch.tensor([0.0, received is not None], device=self.engine.device)
-        sums_2[0] = value
-        dist.all_reduce(sums_2)
-        total, signalled = sums_2.tolist()
+        sums_3 = torch.tensor([0.0, received is not None, self._saver.failed()], device=self.engine.device)
+        sums_3[0] = value
+        dist.all_reduce(sums_3)
+        total, signalled, failed = sums_3.tolist()
+        if failed:
+            self._saver.wait()
         if signalled and self.stopped_by is None:
             names: list[str | None] = [None] * dist.get_world_size()
             dist.all_gather_object(names, None if received is None else received.name)
@@ -197,6 +213,7 @@ class Trainer:
             raise NumericalFault(f"{fault}; no checkpoint was due since the run went back at step {state.rolled_back}")
         if state.rollback_to is None:
             raise NumericalFault(f"{fault}; there is no checkpoint to go back to")
+        self._saver.wait()
         folder = checkpoint_folder(self.output_dir, state.rollback_to)
         try:
             saved = read_state(folder)
@@ -296,12 +313,13 @@ class Trainer:
         return self.stopped_by is not None
 
     def _save(self, is_due: bool = True) -> None:
-        """Every rank gathers the core; rank 0 writes; nobody goes on before it is written.
+        """Every rank gathers the core and rank 0 writes it.
 
         Numbers that are not finite are never written: the last good checkpoint stays the newest.
         """
         began, state = time.perf_counter(), self.state
         self.progress.mark("gathering a checkpoint", state.step)
+        self._saver.wait()
         core = self.engine.core_state()
         if not core.is_finite() or not all(bool(store.keys.isfinite().all()) for store in self.stores):
             self.console.say(f"step {state.step}: no checkpoint, since weights or keys are not finite")
@@ -311,10 +329,7 @@ class Trainer:
             state.rollback_to = state.step
             state.rolled_back = state.rolled_back if state.rolled_back == state.step else None
         self.progress.mark("writing a checkpoint", state.step)
-        if dist.get_rank() == 0:
-            keep = self.experiment.checkpoint.keep
-            folder = save_checkpoint(self.output_dir, state, core, self.stores, keep, on_file=self.progress.alive)
-            self._record("checkpoint", step=state.step, path=folder.name, seconds=time.perf_counter() - began)
+        self._saver.save(state, core, self.stores, began)
         self._agree()
 
     def _record(self, event: str, **values) -> None:

@@ -5,6 +5,9 @@ Shapes: E experts, K experts a token, L SoME layers.
 
 import json
 import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ import torch.nn.functional as F
 
 from modeling.some import KeyStatistics, KeyStore, Routing
 from modeling.some.placement import Placement
+from trainer.storage import StorageError, describe_free
 
 
 def gini(usage_E: torch.Tensor) -> float:
@@ -125,22 +129,21 @@ class RunLog:
     """Appends one JSON object a line to `metrics.jsonl` and mirrors numbers to TensorBoard; rank 0 only.
 
     On resume, records after the resumed step are dropped, so that every step appears once; with `evaluates` also the
-    resumed step's evaluation, which is about to be made again.
+    resumed step's evaluation, which is about to be made again. Methods raise StorageError where the disk takes no more.
     """
 
     def __init__(self, output_dir: Path, resumed_step: int, tensorboard: bool, evaluates: bool = False):
-        output_dir.mkdir(parents=True, exist_ok=True)
         self._path = output_dir / "metrics.jsonl"
-        if self._path.exists():
-            self._drop_after(resumed_step, evaluates)
-        self._file = open(self._path, "a", encoding="utf-8", buffering=1)
+        with self._storage():
+            output_dir.mkdir(parents=True, exist_ok=True)
+            if self._path.exists():
+                self._drop_after(resumed_step, evaluates)
+            self._file = open(self._path, "a", encoding="utf-8", buffering=1)
         self._board = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(
-                str(output_dir / "tensorboard"), purge_step=resumed_step + 1 if resumed_step else None
-            )
+            self._board = SummaryWriter(str(output_dir / "tensorboard"), purge_step=resumed_step + 1 if resumed_step else 0)
 
     def _drop_after(self, step: int, evaluates: bool) -> None:
         kept = []
@@ -149,8 +152,10 @@ class RunLog:
                 record = json.loads(line)
             except json.JSONDecodeError:
                 continue  # a line cut short by a crash belongs to a step that is run again
+            # A run that starts over at step 0 evaluates there again.
+            happened = record.get("step", 0) <= step and (step > 0 or record["event"] == "start")
             is_made_again = evaluates and record["event"] == "eval" and record["step"] == step
-            if record.get("step", 0) <= step and record["event"] != "end" and not is_made_again:
+            if happened and record["event"] != "end" and not is_made_again:
                 kept.append(line)
         temporary = self._path.with_suffix(".tmp")
         temporary.write_text("".join(kept), encoding="utf-8")
@@ -159,9 +164,25 @@ class RunLog:
     def write(self, event: str, **values: Any) -> None:
         """One record; floats that JSON cannot hold are written as null."""
         clean = {key: _finite(value) for key, value in values.items()}
-        self._file.write(json.dumps({"event": event, **clean}) + "\n")
-        if self._board is not None and "step" in values:
-            self._mirror(event, values)
+        with self._storage():
+            self._file.write(json.dumps({"event": event, **clean}) + "\n")
+            if self._board is not None and "step" in values:
+                self._mirror(event, values)
+
+    def sync(self) -> None:
+        """Bring every record down to the disk: a checkpoint must not outlive the records of its steps."""
+        with self._storage():
+            os.fsync(self._file.fileno())
+
+    @contextmanager
+    def _storage(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise StorageError(
+                f"{self._path}: cannot be written ({error.strerror}), {describe_free(self._path.parent)}; make room and "
+                f"give the same command again"
+            ) from error
 
     def _mirror(self, event: str, values: dict[str, Any]) -> None:
         step = values["step"]

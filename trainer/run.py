@@ -29,15 +29,8 @@ import torch.distributed as dist
 
 from modeling import build_model
 from modeling.mixers import frozen_manifest
-from trainer.checkpoint import (
-    RunState,
-    check_resumable,
-    find_checkpoint,
-    load_checkpoint,
-    newest_checkpoint,
-    read_state,
-)
-from trainer.config import Experiment, experiment_names, load_experiment
+from trainer.checkpoint import RunState, check_resumable, load_checkpoint
+from trainer.config import Experiment, load_experiment
 from trainer.console import Console
 from trainer.data import Dataset, TrainOrder, check_source, open_data, prepare_data
 from trainer.diagnose import NumericalFault
@@ -56,12 +49,15 @@ from trainer.ds_config import is_bf16, load_ds_config
 from trainer.engine import Engine, check_zero_section
 from trainer.exit_codes import DONE, FAILED, REFUSED, REQUEUE
 from trainer.generate import generate
+from trainer.listing import print_experiments
+from trainer.lock import FolderLock
 from trainer.loop import Trainer
 from trainer.metrics import RunLog
 from trainer.plan import Deployment, Sharding, describe, most_replicas
-from trainer.published import published_ids, published_results
-from trainer.runfolder import set_aside, write_config
+from trainer.resume import Found, find_checkpoint
+from trainer.runfolder import began_here, set_aside, write_config
 from trainer.stopping import StopSignals
+from trainer.storage import StorageError
 from trainer.watchdog import Watchdog
 
 SECONDS_TO_WAIT_FOR_RANK_0 = 60
@@ -79,7 +75,7 @@ def main() -> None:
         code = run(arguments, launch)
     except ValueError as error:
         end(error, launch, REFUSED)
-    except NumericalFault as error:
+    except (NumericalFault, StorageError) as error:
         end(error, launch, FAILED)
     if code != DONE:
         # Launchers that see the first rank end send SIGTERM to the others, which are to end with the same code.
@@ -123,10 +119,27 @@ class Job:
     output_dir: Path
     state: RunState
     """Step 0 of this experiment; `complete` fills in what only the data can tell."""
-    checkpoint: Path | None
+    found: Found | None
     """What to resume from; None = step 0."""
-    saved: RunState | None
-    """The state in `checkpoint`."""
+    starts_anew: bool
+    """With --resume never: a run that lies in the folder is moved aside."""
+    lock: FolderLock | None
+    """On rank 0, from the start where the folder has one, else since the folder was prepared: no other run goes on in it."""
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """The folder to resume from."""
+        return None if self.found is None else self.found.folder
+
+    @property
+    def saved(self) -> RunState | None:
+        """The state in `checkpoint`."""
+        return None if self.found is None else self.found.state
+
+    @property
+    def continues(self) -> bool:
+        """Whether it goes on in the folder of its checkpoint."""
+        return self.checkpoint is not None and self.output_dir.resolve() in self.checkpoint.resolve().parents
 
     def complete(self, data_folder: Path) -> Dataset:
         """Open the data, and take from it the length of the run and the identity of the data.
@@ -150,6 +163,8 @@ def run(arguments: argparse.Namespace, launch: Launch) -> int:
         if launch.rank == 0:
             print(describe(job.experiment, deployment(job)))
         return DONE
+    if launch.rank == 0:
+        report_skipped(job)
     launch.export()
     check_gpus(launch)
     check_zero_section(arguments.ds_config, job.ds_config)
@@ -165,6 +180,8 @@ def run(arguments: argparse.Namespace, launch: Launch) -> int:
         try:
             # Ranks that see different folders or sizes of nodes would run different collectives and wait for each other.
             demand_agreement(f"{job.layout}, starting at step {job.saved.step if job.saved else 0}")
+            if launch.rank == 0 and job.continues:
+                job.found.set_skipped_aside()  # every rank has looked at them
             trainer = prepare_trainer(job, Path(broadcast_text(str(data_folder))), device)
             with Watchdog(trainer.progress, timeout):
                 return train(trainer, signals, arguments.max_steps)
@@ -186,6 +203,7 @@ def decide(arguments: argparse.Namespace, launch: Launch) -> Job:
     experiment = load_experiment(arguments.experiment, arguments.set)
     layout = Layout.of(experiment, launch)
     ds_config = load_ds_config(arguments.ds_config, experiment, layout, launch.world_size)
+    experiment.faults.check(launch.world_size)
     if arguments.max_steps is not None and arguments.max_steps < 1:
         raise ValueError(f"--max_steps {arguments.max_steps}: must be at least 1")
     model = experiment.model
@@ -200,17 +218,16 @@ def decide(arguments: argparse.Namespace, launch: Launch) -> Job:
         tokenizer_hash="",
     )
     output_dir = Path(arguments.output_dir or Path("runs") / experiment.name)
-    checkpoint = find_checkpoint(arguments.resume, output_dir)
-    saved = None if checkpoint is None else read_state(checkpoint)
-    if saved is not None:
-        check_resumable(checkpoint, saved, state)
-        own = newest_checkpoint(output_dir / "checkpoints")
-        if own is not None and own.resolve() != checkpoint.resolve():
+    lock = FolderLock.existing(output_dir) if launch.rank == 0 and not arguments.dry_run else None
+    found = find_checkpoint(arguments.resume, output_dir, lambda folder, saved: check_resumable(folder, saved, state))
+    if found is not None and arguments.resume != "auto":
+        own = find_checkpoint("auto", output_dir)
+        if own is not None and own.folder.resolve() != found.folder.resolve():
             raise ValueError(
-                f"--resume {arguments.resume}: {output_dir} holds a run at {own.name}; continue that with --resume auto, "
-                f"or give another --output_dir to go on from {checkpoint}"
+                f"--resume {arguments.resume}: {output_dir} holds a run at {own.folder.name}; continue that with --resume "
+                f"auto, or give another --output_dir to go on from {found.folder}"
             )
-    return Job(experiment, launch, layout, ds_config, output_dir, state, checkpoint, saved)
+    return Job(experiment, launch, layout, ds_config, output_dir, state, found, arguments.resume == "never", lock)
 
 
 def deployment(job: Job) -> Deployment:
@@ -223,6 +240,16 @@ def deployment(job: Job) -> Deployment:
         device="cuda" if torch.cuda.is_available() else "cpu",
         replicas=most_replicas(job.experiment, job.layout.ep_size),
     )
+
+
+def report_skipped(job: Job) -> None:
+    """Say which checkpoints are of no use, and remove what an earlier process left unfinished; rank 0 only."""
+    if job.found is None:
+        return
+    for folder, reason in job.found.skipped.items():
+        print(f"checkpoint {folder} is skipped: {reason}", flush=True)
+    if job.continues and job.lock is not None:
+        job.found.clean(job.experiment.checkpoint.keep)
 
 
 def is_done(job: Job, max_steps: int | None) -> bool:
@@ -245,9 +272,16 @@ def prepare_folder_and_data(job: Job) -> Path:
     model = job.experiment.model
     data_folder = prepare_data(job.experiment.data, model.vocab_size, model.max_seq_len, job.experiment.seed)
     dataset = job.complete(data_folder)
-    continues = job.checkpoint is not None and job.output_dir.resolve() in job.checkpoint.resolve().parents
     try:
-        aside = None if continues else set_aside(job.output_dir)
+        job.output_dir.mkdir(parents=True, exist_ok=True)
+        job.lock = job.lock or FolderLock(job.output_dir, create=True)
+        again = not job.starts_anew and began_here(job.output_dir, job.experiment, job.ds_config)
+        aside = None if job.continues or again else set_aside(job.output_dir)
+        if aside is not None:
+            job.lock.release()
+            job.output_dir.mkdir()
+            job.lock = FolderLock(job.output_dir, create=True)
+        job.lock.sign()
         write_config(job.output_dir, job.experiment, job.launch, job.layout, job.ds_config, dataset.summary)
     except OSError as error:
         raise ValueError(f"--output_dir {job.output_dir}: cannot be written ({error.strerror}); choose another") from None
@@ -258,7 +292,7 @@ def prepare_folder_and_data(job: Job) -> Path:
 
 def prepare_trainer(job: Job, data_folder: Path, device: torch.device) -> Trainer:
     """Model, engine, data and log of this rank, with the checkpoint loaded if there is one."""
-    began, is_first, experiment = time.perf_counter(), job.launch.rank == 0, job.experiment
+    began, is_first, experiment, load_seconds = time.perf_counter(), job.launch.rank == 0, job.experiment, 0.0
     set_numerics(experiment.train.deterministic)
     dataset = job.complete(data_folder)
     pool_dtype = torch.bfloat16 if is_bf16(job.ds_config) else torch.float32
@@ -268,9 +302,9 @@ def prepare_trainer(job: Job, data_folder: Path, device: torch.device) -> Traine
     engine = Engine(model, experiment.train, job.ds_config, show_log=experiment.log.deepspeed)
     state = job.state
     if job.saved is not None:
-        stores = [layer.store for layer in model.some_layers]
+        loading, stores = time.perf_counter(), [layer.store for layer in model.some_layers]
         engine.load_core_state(load_checkpoint(job.checkpoint, job.saved, stores))
-        state = job.saved
+        state, load_seconds = job.saved, time.perf_counter() - loading
 
     console, counts = Console(is_first), experiment.model.num_parameters()
     console.say(
@@ -282,7 +316,8 @@ def prepare_trainer(job: Job, data_folder: Path, device: torch.device) -> Traine
     for split in ("train", "validation"):
         sizes = ", ".join(f"{value:,} {name}" for name, value in dataset.summary[split].items())
         console.say(f"{split} data: {sizes}")
-    console.say(f"starting at step {state.step}" + (f" from {job.checkpoint}" if job.saved is not None else ""))
+    log = RunLog(job.output_dir, state.step, experiment.log.tensorboard, state.evaluation_due) if is_first else None
+    report_start(job, state.step, load_seconds, console, log)
     return Trainer(
         experiment=experiment,
         layout=job.layout,
@@ -291,10 +326,23 @@ def prepare_trainer(job: Job, data_folder: Path, device: torch.device) -> Traine
         order=train_order(experiment, dataset),
         state=state,
         output_dir=job.output_dir,
-        log=RunLog(job.output_dir, state.step, experiment.log.tensorboard, state.evaluation_due) if is_first else None,
+        log=log,
         console=console,
         key_group=key_store_group(experiment.parallel.timeout_minutes),
     )
+
+
+def report_start(job: Job, step: int, load_seconds: float, console: Console, log: RunLog | None) -> None:
+    """Where the run starts, and how long it took to come there."""
+    if job.found is None:
+        console.say(f"starting at step {step}")
+        return
+    seconds = {"verify_seconds": job.found.seconds, "load_seconds": load_seconds}
+    took = f"verified in {job.found.seconds:.1f} s, loaded in {load_seconds:.1f} s"
+    console.say(f"starting at step {step} from {job.checkpoint}, {took}")
+    if log is not None:
+        skipped = {folder.name: reason for folder, reason in job.found.skipped.items()}
+        log.write("resume", step=step, path=str(job.checkpoint), **seconds, skipped=skipped)
 
 
 def train_order(experiment: Experiment, dataset: Dataset) -> TrainOrder:
@@ -336,29 +384,6 @@ def finish(trainer: Trainer, is_complete: bool) -> None:
     trainer.console.say(f"{done} at step {state.step}{why}: {trainer.output_dir}")
     if trainer.log is not None:
         trainer.log.close()
-
-
-def print_experiments() -> None:
-    """One line an experiment; for a published run, its last published validation loss."""
-    for name in experiment_names():
-        experiment = load_experiment(name)
-        model, counts = experiment.model, experiment.model.num_parameters()
-        mixer = f"{model.some.num_experts} experts, top {model.some.top_k}"
-        shape = f"{model.num_layers} layers, {mixer if model.channel_mixer == 'some' else model.channel_mixer}"
-        size = f"{counts.total:>13,} parameters {counts.trainable:>10,} trained"
-        line = f"{name:25} {size}   {shape:29} {experiment.data.name:11}"
-        print(f"{line} {describe_published(name)}".rstrip())
-
-
-def describe_published(name: str) -> str:
-    """The last published result of a run; empty for an experiment that is none."""
-    if name not in published_ids():
-        return ""
-    epochs = published_results(name).epochs
-    if not epochs:
-        return "no published result"
-    last = epochs[-1]
-    return f"published: val {last.val_loss:.4f} (ppl {last.val_ppl:.2f}) after {last.epoch} epochs"
 
 
 def end(error: Exception, launch: Launch, code: int) -> NoReturn:

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 import yaml
 
-from trainer.checkpoint import write_text_atomically
-from trainer.config import Experiment
+from trainer.checkpoint import differing_keys
+from trainer.config import Experiment, experiment_from_dict
 from trainer.distributed import Launch, Layout
+from trainer.storage import write_text_atomically
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -26,6 +27,20 @@ def set_aside(output_dir: Path) -> Path | None:
     aside = output_dir.with_name(f"{output_dir.name}.{number}")
     output_dir.rename(aside)
     return aside
+
+
+def began_here(output_dir: Path, experiment: Experiment, ds_config: dict[str, Any]) -> bool:
+    """Whether this same run was begun in the folder before, so that its steps there are those that it takes again.
+
+    It is asked where there is no checkpoint: a run that was killed before its first one starts over in place.
+    """
+    try:
+        values = yaml.safe_load((output_dir / "config.yaml").read_text(encoding="utf-8"))
+        how = values.pop("run")
+        earlier = experiment_from_dict(values).to_dict()
+    except (OSError, ValueError, KeyError, AttributeError, yaml.YAMLError):
+        return False  # none, or not one of ours: it is moved aside
+    return how.get("ds_config") == ds_config and not differing_keys(earlier, experiment.to_dict())
 
 
 def write_config(

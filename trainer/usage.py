@@ -12,7 +12,8 @@ from safetensors import safe_open
 
 from modeling.some.balance import plan
 from modeling.some.placement import Placement
-from trainer.checkpoint import KEYS, find_checkpoint, read_state
+from trainer.checkpoint import KEYS
+from trainer.resume import NoCheckpoint, checkpoint_at
 
 PLACEMENTS = ("contiguous", "balanced")
 
@@ -54,18 +55,20 @@ def read_usage(text: str, num_layers: int, num_experts: int, top_k: int) -> Usag
     if text.startswith("zipf"):
         raise ValueError(f"--usage {text}: write it as zipf:0.6, an exponent from 0 up")
     folder = Path(text)
-    checkpoint = find_checkpoint(text, folder) if folder.is_dir() else None
-    if checkpoint is None:
+    if not folder.is_dir():
         raise ValueError(f"--usage {text}: no such run; give zipf:0.6 or a run's folder with a checkpoint")
-    state = read_state(checkpoint)
-    with safe_open(checkpoint / KEYS, framework="np") as file:
+    try:
+        found = checkpoint_at(folder)
+    except NoCheckpoint as error:
+        raise ValueError(f"--usage {error}") from None
+    with safe_open(found.folder / KEYS, framework="np") as file:
         layers = sum(name.endswith("/usage") for name in file.keys())
         usage = [file.get_tensor(f"{layer}/usage").astype(np.float64) for layer in range(layers)]
     if len(usage) != num_layers or len(usage[0]) != num_experts:
         held = f"{len(usage)} layers of {len(usage[0]) if usage else 0} experts"
         raise ValueError(f"--usage {text}: holds {held}, the plan is for {num_layers} of {num_experts}; give another run")
     if any(usage_E.sum() == 0 for usage_E in usage):
-        raise ValueError(f"--usage {text}: no token was counted at step {state.step}; give a run that has trained")
+        raise ValueError(f"--usage {text}: no token was counted at step {found.state.step}; give a run that has trained")
     return Usage(np.stack([at_most_once_a_token(usage_E, top_k) for usage_E in usage]), is_measured=True)
 
 

@@ -12,6 +12,7 @@ from modeling.some.placement import Placement
 from tests.distributed import run_ranks
 from tests.oracles import metrics as oracle
 from trainer.metrics import RoutingMeter, RunLog, entropy_bits, gini
+from trainer.storage import StorageError
 
 E, D, K = 8, 6, 2
 
@@ -169,6 +170,27 @@ def test_a_log_drops_the_evaluation_that_is_made_again(tmp_path):
         kept = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
         assert [r["event"] for r in kept[:3]] == ["train", "eval", "train"]
         assert kept[-1] == {"event": last, "step": 3}
+
+
+def test_a_run_that_starts_over_logs_as_if_for_the_first_time(tmp_path):
+    for _ in range(2):
+        log = RunLog(tmp_path, resumed_step=0, tensorboard=False)
+        log.write("start", step=0)
+        log.write("eval", step=0, val_loss=5.0)
+        log.write("train", step=1, loss=4.0)
+        log.close()
+    kept = [json.loads(line)["event"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert kept == ["start", "start", "eval", "train"], "every start is remembered"
+
+
+def test_a_full_disk_is_said_in_one_line(tmp_path):
+    log = RunLog(tmp_path, resumed_step=0, tensorboard=False)
+    log._file.close()
+    log._file = open("/dev/full", "w", buffering=1)
+    with pytest.raises(
+        StorageError, match=r"metrics.jsonl: cannot be written \(No space left on device\), .* MB free; make"
+    ):
+        log.write("train", step=1, loss=4.0)
 
 
 def test_tensorboard_curves_do_not_grow_with_layers(tmp_path):

@@ -12,10 +12,11 @@ from tests.distributed import run_ranks
 from tests.launch import losses, records
 from tests.trainer.test_stopping import BALANCED, TINY
 from tests.training import make_trainer
-from trainer.checkpoint import newest_checkpoint, read_state
+from trainer.checkpoint import read_state
 from trainer.config import load_experiment
 from trainer.diagnose import NumericalFault, find_suspects
 from trainer.loop import Trainer
+from trainer.resume import checkpoint_at
 
 STEPS = 10
 SETTINGS = [
@@ -70,7 +71,7 @@ def test_going_back_leaves_data_out_and_is_repeated_by_a_killed_run(tmp_path):
     first, second = run_ranks(_go_back, 2, str(tmp_path))
     assert first == second and first[:3] == ["", "", ""]
     assert "step 9: " in first[3] and first[3].endswith("no checkpoint was due since the run went back at step 7")
-    assert newest_checkpoint(tmp_path / "twice" / "checkpoints").name == "step_00000008"
+    assert checkpoint_at(tmp_path / "twice").folder.name == "step_00000008"
 
     whole = tmp_path / "whole"
     (back,) = records(whole, "rollback")
@@ -78,7 +79,7 @@ def test_going_back_leaves_data_out_and_is_repeated_by_a_killed_run(tmp_path):
     skipped = [record["skipped"] for record in records(whole, "train")]
     assert skipped == [0, 0, 0, 0, 0, 1, 2, 2, 2, 2]
     folders = [tmp_path / name for name in ("whole", "killed_after_7", "killed_after_4")]
-    ends = [newest_checkpoint(folder / "checkpoints") for folder in folders]
+    ends = [checkpoint_at(folder).folder for folder in folders]
     assert read_state(ends[0]).optimizer_steps == STEPS - 2 and read_state(ends[0]).rolled_back is None
     for folder, end in zip(folders[1:], ends[1:], strict=True):
         assert losses(folder) == losses(whole)

@@ -1,5 +1,6 @@
 """The command line: refusals before the ranks meet, what a run leaves behind, and every launcher."""
 
+import hashlib
 import json
 import shutil
 import subprocess
@@ -13,6 +14,8 @@ from tests.launch import FP32, REPOSITORY, SCRIPT, environment, launch, losses, 
 from trainer import run
 from trainer.checkpoint import read_state
 from trainer.config import experiment_names, load_experiment
+from trainer.exit_codes import FAILED, REFUSED
+from trainer.lock import FolderLock
 
 SMALL = [
     "--ds_config", FP32, "--set", "data.train_documents=200", "--set", "data.val_documents=10",
@@ -143,11 +146,74 @@ def test_other_data_on_resume_are_refused(finished, monkeypatch, capsys, tmp_pat
     copy = tmp_path / "run"
     shutil.copytree(output_dir, copy)
     for folder in (copy / "checkpoints").glob("step_*"):
-        state = json.loads((folder / "state.json").read_text())
-        (folder / "state.json").write_text(json.dumps(state | {"data_fingerprint": "other", "step": 3}))
+        state = json.loads((folder / "state.json").read_text()) | {"data_fingerprint": "other", "step": 3}
+        content, manifest = json.dumps(state).encode(), json.loads((folder / "manifest.json").read_text())
+        manifest["files"]["state.json"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        (folder / "state.json").write_bytes(content)
+        (folder / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(SystemExit):
         call(monkeypatch, *arguments, "--output_dir", str(copy))
     assert "use the data it was trained on" in capsys.readouterr().err
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_damaged_checkpoint_is_named_and_skipped_and_never_silently_all(finished, monkeypatch, capsys, tmp_path):
+    output_dir, arguments, _ = finished
+    copy = tmp_path / "run"
+    shutil.copytree(output_dir, copy)
+    (copy / "checkpoints" / ".tmp-step_00000004").mkdir()
+    (copy / "checkpoints" / "step_00000004" / "core.safetensors").write_bytes(b"")
+    call(monkeypatch, *arguments, "--output_dir", str(copy), "--max_steps", "2")
+    printed = capsys.readouterr().out
+    assert f"checkpoint {copy}/checkpoints/step_00000004 is skipped: core.safetensors has 0 bytes instead of" in printed
+    assert "has reached --max_steps 2 at step 2" in printed
+    assert not list(copy.glob("checkpoints/.tmp*")), "a start cleans up"
+    (copy / "checkpoints" / "step_00000002" / "manifest.json").unlink()
+    before = contents(copy)
+    with pytest.raises(SystemExit) as ended:
+        call(monkeypatch, *arguments, "--output_dir", str(copy))
+    error = capsys.readouterr().err
+    assert ended.value.code == REFUSED and error.count("\n") == 1
+    assert "none of the checkpoints is whole" in error and "start anew with --resume never" in error
+    assert contents(copy) == before
+
+
+def test_a_folder_of_another_live_run_is_refused_before_anything_is_touched(finished, monkeypatch, capsys, tmp_path):
+    output_dir, arguments, _ = finished
+    copy = tmp_path / "run"
+    shutil.copytree(output_dir, copy)
+    owner = FolderLock(copy, create=False)
+    owner.sign()
+    before = contents(copy)
+    for more in ([], ["--resume", "never"]):
+        with pytest.raises(SystemExit) as ended:
+            call(monkeypatch, *arguments, "--output_dir", str(copy), *more)
+        assert ended.value.code == REFUSED and "belongs to a live run (host" in capsys.readouterr().err
+    assert contents(copy) == before and not (tmp_path / "run.1").exists()
+    call(monkeypatch, *arguments, "--output_dir", str(copy), "--dry_run")
+
+
+def test_a_run_that_died_before_its_first_checkpoint_starts_over_in_place(finished, monkeypatch, tmp_path):
+    """And another one that did is moved aside as ever."""
+    output_dir, arguments, _ = finished
+    copy = tmp_path / "run"
+    shutil.copytree(output_dir, copy, ignore=shutil.ignore_patterns("checkpoints"))
+    for more, folders in (([], ["run"]), (["--set", "seed=1"], ["run", "run.1"])):
+        with pytest.raises(pytest.fail.Exception, match="a process group formed"):
+            call(monkeypatch, *arguments, "--output_dir", str(copy), *more)
+        assert sorted(path.name for path in tmp_path.iterdir()) == folders
+
+
+def test_a_full_disk_ends_two_ranks_with_one_line(finished, tmp_path):
+    faults = ["--set", "faults.write=step=4 stage=optimizer.safetensors"]
+    result = launch(*finished[1], *faults, "--output_dir", str(tmp_path / "run"), ranks=2)
+    assert result.returncode == FAILED and "Traceback" not in result.stderr
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert "step_00000004 cannot be written (No space left on device)" in line and "step_00000002 is the newest" in line
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["latest", "step_00000002"]
 
 
 def test_resume_never_moves_the_old_run_aside(finished, tmp_path):
@@ -169,6 +235,9 @@ def test_going_back_or_branching_needs_a_folder_of_its_own(finished, monkeypatch
     branch = tmp_path / "branch"
     succeed(*arguments, "--resume", str(older), "--output_dir", str(branch))
     assert [r["loss"] for r in records(branch, "train")] == losses(output_dir)[2:]
+    (resumed,) = records(branch, "resume")
+    assert (resumed["step"], resumed["path"], resumed["skipped"]) == (2, str(older), {})
+    assert resumed["verify_seconds"] > 0 and resumed["load_seconds"] > 0
     assert len(losses(output_dir)) == 4
 
 

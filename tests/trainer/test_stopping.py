@@ -18,10 +18,11 @@ from tests.distributed import free_port, run_ranks, start_process
 from tests.launch import FP32, losses, records
 from tests.training import make_trainer
 from trainer import run, stopping
-from trainer.checkpoint import newest_checkpoint, read_state
+from trainer.checkpoint import read_state
 from trainer.distributed import Launch
 from trainer.exit_codes import REQUEUE
 from trainer.loop import Trainer
+from trainer.resume import Found, checkpoint_at
 from trainer.stopping import StopSignals
 
 STEPS = 8
@@ -75,7 +76,7 @@ def _broken_and_whole(rank: int, folder: str) -> list[tuple[bool, str | None, st
         None,
     ]:
         complete, why = _run(folder, "broken", kill)
-        newest = newest_checkpoint(Path(folder) / "broken" / "checkpoints")
+        newest = checkpoint_at(Path(folder) / "broken").folder
         ends.append((complete, why, newest.name, read_state(newest).evaluation_due))
         dist.barrier()
     return ends
@@ -96,7 +97,7 @@ def test_a_run_stopped_anywhere_goes_on_as_if_it_had_not_been(tmp_path):
     for event in ("eval", "placement"):
         seen = [[{**r, "seconds": 0} for r in records(folder, event)] for folder in (whole, broken)]
         assert seen[0] == seen[1] and len(seen[0]) == {"eval": 4, "placement": 2}[event]
-    ends = [newest_checkpoint(folder / "checkpoints") for folder in (whole, broken)]
+    ends = [checkpoint_at(folder).folder for folder in (whole, broken)]
     states = [json.loads((end / "state.json").read_text()) for end in ends]
     assert states[0] == states[1] and not states[0]["evaluation_due"]
     for name in ("core", "optimizer", "keys"):
@@ -107,7 +108,8 @@ def test_a_run_stopped_anywhere_goes_on_as_if_it_had_not_been(tmp_path):
 
 def test_a_run_whose_last_evaluation_is_due_is_not_done(tmp_path):
     state = run.RunState(8, 0, 8, "fp32", {}, {}, "", "", evaluation_due=True)
-    job = run.Job(None, Launch(1, 2, 1, 2), None, {}, tmp_path, state, tmp_path / "a" / "b", state)
+    found = Found(tmp_path / "a" / "b", state, seconds=0.0, skipped={})
+    job = run.Job(None, Launch(1, 2, 1, 2), None, {}, tmp_path, state, found, starts_anew=False, lock=None)
     assert not run.is_done(job, None) and not run.is_done(job, 5)
     state.evaluation_due = False
     assert run.is_done(job, None)
@@ -222,12 +224,12 @@ def test_the_command_line_stops_and_goes_on_and_a_second_signal_harms_no_checkpo
         os.kill(process.pid, signal.SIGTERM)
         process.join(0.1)
     assert process.exitcode == 128 + signal.SIGTERM
-    found = newest_checkpoint(folder / "checkpoints")
+    found = checkpoint_at(folder).folder
     assert found.name == "step_00000004" and read_state(found).step == 4
 
     process = start_process(_command_with_a_signal, arguments)
     process.join(100)
     assert process.exitcode == REQUEUE
-    assert newest_checkpoint(folder / "checkpoints").name == "step_00000006"
+    assert checkpoint_at(folder).folder.name == "step_00000006"
     assert [record["step"] for record in records(folder, "start")] == [0, 4]
     assert records(folder, "end") == [{"event": "end", "step": 6, "finished": False, "stopped_by": "SIGINT on rank 0"}]

@@ -1,0 +1,67 @@
+"""One live run a folder."""
+
+import errno
+import fcntl
+import multiprocessing
+import os
+import socket
+
+import pytest
+
+from trainer import lock
+from trainer.lock import FolderLock
+
+
+def _hold(folder, ready) -> None:
+    held = FolderLock(folder, create=True)
+    held.sign()
+    ready.send(os.getpid())
+    ready.recv()
+
+
+def test_another_live_run_is_named_and_a_dead_one_is_no_hindrance(tmp_path):
+    ours, theirs = multiprocessing.Pipe()
+    process = multiprocessing.get_context("fork").Process(target=_hold, args=(tmp_path, theirs))
+    process.start()
+    pid = ours.recv()
+    for create in (True, False):
+        with pytest.raises(ValueError) as refused:
+            FolderLock(tmp_path, create)
+        said = str(refused.value)
+        assert said.startswith(f"--output_dir {tmp_path}: belongs to a live run (host {socket.gethostname()} process {pid} ")
+        assert "since 20" in said and said.endswith("wait for its end, stop it, or give another --output_dir")
+    process.kill()
+    process.join()
+    taken = FolderLock.existing(tmp_path)
+    assert (tmp_path / ".lock").read_text() == "", "the dead run's name is gone"
+    with pytest.raises(ValueError, match="just starting"):
+        FolderLock(tmp_path, create=False)
+    taken.release()
+    FolderLock(tmp_path, create=False).release()
+
+
+def test_looking_for_a_lock_leaves_nothing(tmp_path):
+    assert FolderLock.existing(tmp_path) is None and FolderLock.existing(tmp_path / "none") is None
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_dead_node_keeps_its_lock_for_a_while(tmp_path, monkeypatch, capsys):
+    """Where the owner ran on another host, wait for the server of files to notice that it is gone."""
+    held = FolderLock(tmp_path, create=True)
+    (tmp_path / ".lock").write_text("host elsewhere process 7 since then")
+    with monkeypatch.context() as patch:
+        patch.setattr(lock, "LEASE_SECONDS", 0.01)
+        with pytest.raises(ValueError, match="live run .host elsewhere process 7"):
+            FolderLock(tmp_path, create=False)
+    monkeypatch.setattr(lock.time, "sleep", lambda seconds: held.release())
+    assert FolderLock.existing(tmp_path) is not None
+    assert capsys.readouterr().out.count("waiting up to") == 2
+
+
+def test_a_file_system_without_locks_is_said_once(tmp_path, monkeypatch, capsys):
+    def refuse(file, operation):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    FolderLock(tmp_path, create=True).sign()
+    assert capsys.readouterr().out.count("no lock can be held here (No locks available)") == 1

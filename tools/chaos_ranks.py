@@ -1,0 +1,112 @@
+"""One start of the trainer on several ranks of this machine, which a fault may end; for `tools/chaos.py`.
+
+Every rank is a process of its own that runs the trainer's command line. They are forked from a server that has the libraries
+imported, so that a start takes a second and not ten.
+"""
+
+import multiprocessing as mp
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from multiprocessing.connection import wait
+from pathlib import Path
+
+from torch.distributed.elastic.utils.distributed import get_free_port
+
+from trainer.exit_codes import DONE, REQUEUE
+
+PRELOADED = ["trainer.run", "deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer", "torch._inductor.compile_fx"]
+"""What a rank imports at its start, or with its first engine."""
+POLL_SECONDS = 0.05
+SECONDS_TO_STOP = 60
+"""For ranks that were asked to save and stop."""
+SECONDS_TO_RUN = 600
+"""For a start of a short training, after which it counts as hanging."""
+
+
+SERVER = mp.get_context("forkserver")
+
+
+def prepare() -> None:
+    """Start the server, and wait until it has imported everything."""
+    SERVER.set_forkserver_preload(PRELOADED)
+    process = SERVER.Process(target=os.getpid)
+    process.start()
+    process.join()
+
+
+class Ranks:
+    """The ranks of one start.
+
+    Args:
+        arguments: of `trainer/run.py`.
+        world_size: how many.
+        log: file that all their output is appended to.
+    """
+
+    def __init__(self, arguments: list[str], world_size: int, log: Path):
+        port = get_free_port()
+        self.processes = [
+            SERVER.Process(target=_rank, args=(rank, world_size, port, arguments, log)) for rank in range(world_size)
+        ]
+        for process in self.processes:
+            process.start()
+
+    def wait(self, meddle: Callable[[float], None] = lambda seconds: None) -> int:
+        """Until all have ended, or one has by an error or a signal, or was stopped; then the others are killed, as a
+        launcher does. 0, or the exit code of one that ended otherwise (negative: a signal; of a stopped rank, SIGSTOP's).
+
+        Args:
+            meddle: is called all the time with the seconds since the start.
+        """
+        began, ending = time.monotonic(), None
+        try:
+            while True:
+                wait([process.sentinel for process in self.processes if process.is_alive()], timeout=POLL_SECONDS)
+                codes = [process.exitcode for process in self.processes]
+                first = next((code for code in codes if code), DONE)
+                if None not in codes:
+                    return first
+                if any(_is_stopped(process.pid) for process in self.processes if process.is_alive()):
+                    return -signal.SIGSTOP
+                if first not in (DONE, REQUEUE):
+                    return first
+                seconds = time.monotonic() - began
+                if first == REQUEUE:
+                    ending = ending or seconds
+                if seconds > SECONDS_TO_RUN or (ending is not None and seconds > ending + SECONDS_TO_STOP):
+                    raise TimeoutError(f"ranks hang after {seconds:.0f} s with exit codes {codes}")
+                meddle(seconds)
+        finally:
+            for process in self.processes:
+                process.kill()
+                process.join()
+
+    def send(self, rank: int, number: int) -> None:
+        """A signal to one rank, if it lives."""
+        if self.processes[rank].is_alive():
+            os.kill(self.processes[rank].pid, number)
+
+
+def _is_stopped(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+    except (OSError, IndexError):
+        return False
+
+
+def _rank(rank: int, world_size: int, port: int, arguments: list[str], log: Path) -> None:
+    from trainer import run
+
+    output = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    for stream in (1, 2):
+        os.dup2(output, stream)
+    world = {"RANK": rank, "WORLD_SIZE": world_size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world_size}
+    os.environ |= {name: str(value) for name, value in world.items()} | {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    sys.argv = ["trainer/run.py", *arguments]
+    run.main()

@@ -1,0 +1,96 @@
+"""One live run a folder: rank 0 holds a lock on a file in it.
+
+The system frees it when the process ends, however it ends. The file stays, with the owner's name while it lives.
+"""
+
+import fcntl
+import os
+import socket
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+NAME = ".lock"
+LEASE_SECONDS = 100
+"""How long a server of files may take to notice that a node with a lock is gone."""
+
+
+class FolderLock:
+    """The lock on a run's folder, held until `release` or until nobody refers to it any more.
+
+    Args:
+        folder: exists.
+        create: make the file where there is none; else FileNotFoundError.
+
+    Raises:
+        ValueError: another live run has it; the message names its host, process id and since when.
+        OSError: the file cannot be opened.
+    """
+
+    def __init__(self, folder: Path, create: bool):
+        flags = os.O_RDWR | (os.O_CREAT if create else 0)
+        self._file = open(os.open(folder / NAME, flags, 0o644), "r+b", buffering=0)
+        try:
+            self._take(folder)
+            self._write("")  # a killed owner's name
+        except BaseException:
+            self._file.close()
+            raise
+
+    @staticmethod
+    def existing(folder: Path) -> "FolderLock | None":
+        """The lock of a folder that has one, which leaves nothing behind in any other.
+
+        Raises:
+            ValueError: another live run has it.
+        """
+        try:
+            return FolderLock(folder, create=False)
+        except OSError:
+            return None  # no folder, no run in it yet, or one that cannot be written, which is refused when it must be
+
+    def sign(self) -> None:
+        """Say who we are, to those who come later."""
+        since = datetime.now(UTC).isoformat(timespec="seconds")
+        self._write(f"host {socket.gethostname()} process {os.getpid()} since {since}")
+
+    def release(self) -> None:
+        """Let others have the folder."""
+        self._write("")
+        self._file.close()
+
+    def _write(self, text: str) -> None:
+        if text != self._read():
+            self._file.truncate(0)
+            self._file.seek(0)
+            self._file.write(text.encode())
+
+    def _read(self) -> str:
+        self._file.seek(0)
+        return self._file.read().decode(errors="replace")
+
+    def _take(self, folder: Path) -> None:
+        deadline = None
+        while not self._try(folder):
+            owner = self._read() or "just starting"
+            elsewhere = owner.startswith("host ") and not owner.startswith(f"host {socket.gethostname()} ")
+            if deadline is None:
+                deadline = time.monotonic() + (LEASE_SECONDS if elsewhere else 0)
+                if elsewhere:
+                    # After a power cut the lock of the dead node stays for a while where files come over the network.
+                    print(f"{folder} belongs to a run ({owner}); waiting up to {LEASE_SECONDS} s for its end", flush=True)
+            if time.monotonic() >= deadline:
+                raise ValueError(
+                    f"--output_dir {folder}: belongs to a live run ({owner}); wait for its end, stop it, or give another "
+                    f"--output_dir"
+                )
+            time.sleep(1)
+
+    def _try(self, folder: Path) -> bool:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            print(f"{folder}: no lock can be held here ({error.strerror}); see that no second run starts in it", flush=True)
+        return True
