@@ -125,7 +125,7 @@ finish() {
 }
 
 give_up_without_progress() {
-	echo "error: job $SLURM_JOB_ID: $attempt attempts in a row began at checkpoint ${before%:*} and wrote no newer one;" \
+	echo "error: job $SLURM_JOB_ID: $attempt attempt(s) in a row began at checkpoint ${before%:*} and wrote no newer one;" \
 		"it is not started again (SOME_MAX_RESTARTS=$max_restarts)" >&2
 	finish 1
 }

@@ -1,9 +1,9 @@
 """A real SLURM on this machine, to play with.
 
-    python -m tests.cluster up 3               three nodes; needs root and Debian's packages
-    python -m tests.cluster run srun -N3 hostname
-    python -m tests.cluster crash node1
-    python -m tests.cluster down
+python -m tests.cluster up 3               three nodes; needs root and Debian's packages
+python -m tests.cluster run srun -N3 hostname
+python -m tests.cluster crash node1
+python -m tests.cluster down
 """
 
 import argparse
@@ -24,9 +24,18 @@ def main(arguments: list[str] | None = None) -> int:
     up.add_argument("nodes", type=int, nargs="?", default=2)
     up.add_argument("--cpus", type=int, default=2, help="of a node; may be more than the machine has")
     up.add_argument("--gpus", type=int, default=0, help="of a node; each a /dev/null")
-    for name, text in {"down": "end it", "status": "nodes and jobs", "traffic": "bytes that each node sent and received"}.items():
+    for name, text in {
+        "down": "end it",
+        "status": "nodes and jobs",
+        "traffic": "bytes that each node sent and received",
+    }.items():
         commands.add_parser(name, help=text)
-    for name, text in {"crash": "cut the power of", "boot": "start", "unplug": "pull the cable of", "plug": "plug in"}.items():
+    for name, text in {
+        "crash": "cut the power of",
+        "boot": "start",
+        "unplug": "pull the cable of",
+        "plug": "plug in",
+    }.items():
         commands.add_parser(name, help=f"{text} a node").add_argument("node")
     commands.add_parser("shape", help="limit what nodes send").add_argument("rate", help="100mbit, for example, or off")
     commands.add_parser("wait", help="wait for a job's end").add_argument("job")

@@ -1,0 +1,65 @@
+"""Jobs as the tests submit them, and what they leave behind."""
+
+import sys
+from pathlib import Path
+
+from tests.cluster.cluster import Cluster
+from tests.cluster.processes import wait_until
+from tests.launch import REPOSITORY, environment
+
+B3, SERIES, SWEEP = (str(REPOSITORY / "slurm" / f"{name}.sh") for name in ("b3_512experts", "series_b", "sweep"))
+STAND_IN = REPOSITORY / "tests" / "cluster" / "stand_in.py"
+
+
+def job_environment(**extra: str) -> dict[str, str]:
+    """Ours, with nothing in it that steers a launcher but `extra`."""
+    clean = {k: v for k, v in environment().items() if not k.startswith("SOME_") and k != "OMP_NUM_THREADS"}
+    return clean | extra
+
+
+def stand_in_environment(folder: Path, behaviour: str, **extra: str) -> dict[str, str]:
+    """What makes a launcher run `stand_in.py` instead of the trainer."""
+    python = write_program(folder / "python", f'#!/bin/bash\nexec "{sys.executable}" -I -S "{STAND_IN}" "$@"\n')
+    return job_environment(SOME_HOME=str(REPOSITORY), SOME_PYTHON=str(python), STAND_IN=behaviour, **extra)
+
+
+def write_program(path: Path, text: str) -> Path:
+    """An executable file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    path.chmod(0o755)
+    return path
+
+
+class StandInJob:
+    """A job of b3's launcher on both nodes, with `stand_in.py` for the trainer."""
+
+    def __init__(self, cluster: Cluster, folder: Path, behaviour: str, *arguments: str, **variables: str) -> None:
+        self.folder, self.run = folder, folder / "runs" / "b3"
+        settings = stand_in_environment(folder, behaviour, **variables)
+        self.id = cluster.submit(B3, *arguments, cwd=folder, environment=settings)
+
+    @property
+    def log(self) -> list[str]:
+        """What the ranks wrote of themselves."""
+        path = self.run / "log"
+        return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+
+    @property
+    def checkpoints(self) -> list[str]:
+        """Names of the run's checkpoints, in order."""
+        return sorted(path.name for path in self.run.glob("checkpoints/step_*"))
+
+    @property
+    def output(self) -> str:
+        """What the job printed."""
+        return (self.folder / f"slurm-some-b3-{self.id}.out").read_text(encoding="utf-8")
+
+    @property
+    def notes(self) -> list[Path]:
+        """What the batch script left in the working folder."""
+        return list(self.folder.glob(".slurm-*"))
+
+    def wait_for(self, line: str, times: int = 1) -> None:
+        """Wait until the ranks have so often written a line that begins with `line`."""
+        wait_until(lambda: sum(written.startswith(line) for written in self.log) >= times, 90, f"{times} x {line!r}")
