@@ -2,9 +2,9 @@
 
     STAND_IN='steps=10 every=5 fail=7' python stand_in.py trainer/run.py ... --output_dir DIR
 
-It goes on from the newest checkpoint, saves and exits with 75 on SIGTERM or SIGUSR2, and writes a line for every attempt, with
-the last --resume, and one for every signal, into DIR/log. `fail=N`: rank 0 exits with `code` (default 1) at step N. `refuse=1`: as
-trainer/run.py refuses its input. `seconds`: of a step.
+It goes on from the newest checkpoint, saves and exits with 75 on SIGTERM or SIGUSR2, and writes into DIR/log how each
+attempt began, was stopped and ended. With `fail=N` rank 0 exits with `code` (default 1) at step N, `refuse=1` refuses as
+trainer/run.py does, and a step takes `seconds` (default 0.05).
 """
 
 import os
