@@ -193,7 +193,7 @@ class Cluster:
         Raises:
             TimeoutError: it has not ended within `seconds`.
         """
-        wait_until(lambda: self.show(job)["JobState"] in OVER, seconds, f"the end of job {job}")
+        wait_until(lambda: self.show(job)["JobState"] in OVER, seconds, f"the end of job {job}", every=0.25)
         last = self.show(job)
         return Ending(last["JobState"], last["ExitCode"], int(last["Restarts"]))
 
@@ -221,7 +221,7 @@ class Cluster:
             except subprocess.CalledProcessError:
                 return False  # the controller does not listen yet
 
-        wait_until(ready, seconds, "idle nodes")
+        wait_until(ready, seconds, "idle nodes", every=0.1)
 
     def execute(self, node: str, *command: str, timeout: float = 60) -> str:
         """What a command on a node prints."""

@@ -1,11 +1,14 @@
 """Jobs as the tests submit them, and what they leave behind."""
 
+import json
 import sys
 from pathlib import Path
 
+import yaml
+
 from tests.cluster.cluster import Cluster
 from tests.cluster.processes import wait_until
-from tests.launch import REPOSITORY, environment
+from tests.launch import FP32, REPOSITORY, environment
 
 B3, SERIES, SWEEP = (str(REPOSITORY / "slurm" / f"{name}.sh") for name in ("b3_512experts", "series_b", "sweep"))
 STAND_IN = REPOSITORY / "tests" / "cluster" / "stand_in.py"
@@ -19,8 +22,43 @@ def job_environment(**extra: str) -> dict[str, str]:
 
 def stand_in_environment(folder: Path, behaviour: str, **extra: str) -> dict[str, str]:
     """What makes a launcher run `stand_in.py` instead of the trainer."""
-    python = write_program(folder / "python", f'#!/bin/bash\nexec "{sys.executable}" -I -S "{STAND_IN}" "$@"\n')
+    choose = (
+        f'[[ $1 == */trainer/run.py ]] || exec "{sys.executable}" "$@"\nexec "{sys.executable}" -I -S "{STAND_IN}" "$@"\n'
+    )
+    python = write_program(folder / "python", f"#!/bin/bash\n{choose}")
     return job_environment(SOME_HOME=str(REPOSITORY), SOME_PYTHON=str(python), STAND_IN=behaviour, **extra)
+
+
+def trainer_environment(**extra: str) -> dict[str, str]:
+    """What makes a launcher train in fp32 on CPUs with this Python."""
+    own = {"SOME_HOME": str(REPOSITORY), "SOME_PYTHON": sys.executable, "SOME_DS_CONFIG": FP32, "OMP_NUM_THREADS": "1"}
+    return job_environment(CUDA_VISIBLE_DEVICES="", **own, **extra)
+
+
+def write_tiny(folder: Path, steps: int) -> Path:
+    """`tiny.yaml` in `folder`: an experiment whose steps take milliseconds."""
+    experiment = {
+        "name": "tiny",
+        "model": {
+            "vocab_size": 512, "d_model": 32, "num_layers": 2, "num_heads": 2, "max_seq_len": 64,
+            "some": {"num_experts": 8, "d_ffn": 64, "top_k": 2},
+        },
+        "data": {"name": "stories", "train_documents": 200, "val_documents": 20},
+        "train": {"batch_size": 8, "steps": steps, "warmup_steps": 1},
+        "log": {"tensorboard": False},
+        "sample": {"tokens": 0},
+    }  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(experiment), encoding="utf-8")
+    return folder / "tiny.yaml"
+
+
+def last_step(run: Path) -> int:
+    """The last training step in a run's metrics; 0 before the first."""
+    path = run / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    steps = [json.loads(line)["step"] for line in lines if line.startswith("{") and line.endswith("}") and '"train"' in line]
+    return max(steps, default=0)
 
 
 def write_program(path: Path, text: str) -> Path:

@@ -7,6 +7,7 @@ got the number of a dead one is ever signalled.
 import os
 import signal
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -57,8 +58,8 @@ class ProcessTable:
         (self.folder / name).unlink(missing_ok=True)
 
 
-def wait_until(condition, seconds: float, what: str) -> None:
-    """Return once `condition()` holds.
+def wait_until(condition: Callable[[], object], seconds: float, what: str, every: float = 0.05) -> None:
+    """Return once `condition()` holds, which is asked `every` so many seconds.
 
     Raises:
         TimeoutError: naming `what` was waited for.
@@ -67,7 +68,7 @@ def wait_until(condition, seconds: float, what: str) -> None:
     while not condition():
         if time.monotonic() > deadline:
             raise TimeoutError(f"{what} did not come within {seconds:g} s")
-        time.sleep(0.05)
+        time.sleep(every)
 
 
 def first_child(pid: int) -> int | None:
