@@ -1,17 +1,18 @@
 """Run a test function on real ranks: one process each, gloo between them."""
 
 import io
+import multiprocessing
 import os
 import socket
 import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 SECONDS = 120
 
@@ -23,20 +24,36 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
+def start_process(function: Callable[..., Any], *arguments: Any) -> BaseProcess:
+    """A process of its own for `function(*arguments)`, with one thread unless it asks for more.
+
+    It is forked off a server that has imported the trainer and DeepSpeed once, which would take it some seconds.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["trainer.run", "deepspeed"])
+    process = context.Process(target=function, args=arguments, daemon=True)
+    threads = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = "1"  # read once, when the server imports torch
+    process.start()
+    if threads is None:
+        del os.environ["OMP_NUM_THREADS"]
+    else:
+        os.environ["OMP_NUM_THREADS"] = threads
+    return process
+
+
 def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any, seconds: float = SECONDS) -> list[Any]:
     """`function(rank, *arguments)` on every rank of a gloo world; the ranks' results (tensors and plain values) in order.
 
     A rank that fails, or does not answer within `seconds`, fails the test with what it said.
     """
-    context, port = mp.get_context("spawn"), free_port()
+    port = free_port()
     answers, processes = [], []
     for rank in range(world_size):
-        ours, theirs = context.Pipe(duplex=False)
-        process = context.Process(target=_rank, args=(function, rank, world_size, port, theirs, arguments), daemon=True)
-        process.start()
+        ours, theirs = multiprocessing.Pipe(duplex=False)
+        processes.append(start_process(_rank, function, rank, world_size, port, theirs, arguments))
         theirs.close()
         answers.append(ours)
-        processes.append(process)
     try:
         deadline, results, failures = time.monotonic() + seconds, [], []
         for rank, answer in enumerate(answers):

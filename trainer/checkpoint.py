@@ -14,6 +14,7 @@ the seed, its purpose and the step.
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ CORE, OPTIMIZER, KEYS = FILES = ("core.safetensors", "optimizer.safetensors", "k
 # The data's path may change; its content is compared by hash.
 FREE_KEYS = {
     "name", "data.path", "data.cache_dir", "data.allow_fewer", "train.max_micro_batch", "train.eval_every",
-    "train.deterministic",
+    "train.deterministic", "train.max_skipped", "train.on_nan",
 }  # fmt: skip
 FREE_SECTIONS = ("parallel.", "checkpoint.", "log.", "sample.")
 
@@ -47,7 +48,7 @@ class RunState:
     step: int
     """Optimizer steps tried; with the seed it is the position in the data."""
     tokens: int
-    """Real tokens trained on."""
+    """Real tokens of the steps tried."""
     total_steps: int
     """Length of the whole run."""
     precision: str
@@ -61,7 +62,16 @@ class RunState:
     tokenizer_hash: str
     """Hash of the tokenizer."""
     skipped: int = 0
-    """Steps skipped for non-finite gradients."""
+    """Steps skipped because the loss or the gradients were not finite, and steps undone by going back to a checkpoint."""
+    skipped_in_row: int = 0
+    """How many of the last steps were skipped without one between them that was not."""
+    rollback_to: int | None = None
+    """Step of the checkpoint that `train.on_nan = rollback` goes back to: the last that was due by the settings. One that
+    was written because of a signal does not count, so that a stop changes no curve."""
+    rolled_back: int | None = None
+    """Step at which the run went back, until the next checkpoint is due."""
+    evaluation_due: bool = False
+    """Whether the evaluation of this step is still to be made."""
     best: dict[str, Any] | None = None
     """`step` and `val_loss` of the best evaluation so far."""
     val_loss: float | None = None
@@ -179,23 +189,38 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def save_checkpoint(output_dir: Path, state: RunState, core: CoreState, stores: list[KeyStore], keep: int) -> Path:
-    """Write a checkpoint and remove those no longer wanted; rank 0 only."""
+def checkpoint_folder(output_dir: Path, step: int) -> Path:
+    """Where the checkpoint of a step is, or would be."""
+    return output_dir / "checkpoints" / f"step_{step:08d}"
+
+
+def save_checkpoint(
+    output_dir: Path,
+    state: RunState,
+    core: CoreState,
+    stores: list[KeyStore],
+    keep: int,
+    on_file: Callable[[], None] = lambda: None,
+) -> Path:
+    """Write a checkpoint and remove those no longer wanted; rank 0 only. `on_file` is called after each file."""
     checkpoints = output_dir / "checkpoints"
     checkpoints.mkdir(parents=True, exist_ok=True)
     for stale in checkpoints.glob(".tmp-*"):
         shutil.rmtree(stale)
-    final = checkpoints / f"step_{state.step:08d}"
+    final = checkpoint_folder(output_dir, state.step)
     temporary = checkpoints / f".tmp-{final.name}"
     temporary.mkdir()
 
     state.key_store_steps = [store.steps for store in stores]
     state.optimizer_steps = core.steps
     _write_tensors(temporary / CORE, core.parameters)
+    on_file()
     moments = {f"{moment}/{name}": t for moment, values in core.moments.items() for name, t in values.items()}
     _write_tensors(temporary / OPTIMIZER, moments)
+    on_file()
     keys = {f"{layer}/{name}": t for layer, store in enumerate(stores) for name, t in store.named_buffers()}
     _write_tensors(temporary / KEYS, keys)
+    on_file()
     write_text_atomically(temporary / "state.json", json.dumps(asdict(state), indent=1))
     _sync(temporary)
 
@@ -249,11 +274,13 @@ def _sync(path: Path) -> None:
 
 
 def _remove_old(checkpoints: Path, state: RunState, keep: int) -> None:
-    """Keep the newest `keep` and the best evaluation's."""
+    """Keep the newest `keep`, the best evaluation's, and the one to go back to."""
     folders = sorted(checkpoints.glob("step_*"))
     kept = set(folders[-keep:])
     if state.best is not None:
-        kept.add(checkpoints / f"step_{state.best['step']:08d}")
+        kept.add(checkpoint_folder(checkpoints.parent, state.best["step"]))
+    if state.rollback_to is not None:
+        kept.add(checkpoint_folder(checkpoints.parent, state.rollback_to))
     for folder in folders:
         if folder not in kept:
             shutil.rmtree(folder)

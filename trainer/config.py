@@ -68,6 +68,12 @@ class TrainConfig:
     after the last epoch (published v3.5); null = it stays."""
     eval_every: int | str = 500
     """Steps between evaluations, or `epoch`; there is always one at the end."""
+    max_skipped: int = 5
+    """Steps in a row that may be skipped because the loss or the gradients are not finite."""
+    on_nan: str = "stop"
+    """What happens at one more. `stop`: the run ends and says where it saw such numbers. `rollback`: it takes up the last
+    checkpoint that was due and goes on behind the data that led there; if that happens again before the next one is due, it
+    ends."""
     deterministic: bool = True
     """Use deterministic kernels, so that a restart on the same ranks repeats every bit."""
 
@@ -93,11 +99,13 @@ class TrainConfig:
             _fraction(f"train.{name}", getattr(self, name))
         if max(self.beta1, self.beta2) == 1:
             raise ValueError(f"train.beta1 = {self.beta1} and train.beta2 = {self.beta2} must be less than 1")
-        for name in ("warmup_steps", "weight_decay"):
+        for name in ("warmup_steps", "weight_decay", "max_skipped"):
             if getattr(self, name) < 0:
                 raise ValueError(f"train.{name} = {getattr(self, name)} must not be negative")
         if self.weight_decay_on not in ("matrices", "all"):
             raise ValueError(f"train.weight_decay_on = {self.weight_decay_on!r} is not one of: matrices, all")
+        if self.on_nan not in ("stop", "rollback"):
+            raise ValueError(f"train.on_nan = {self.on_nan!r} is not one of: stop, rollback")
 
 
 @dataclass(frozen=True)
@@ -121,8 +129,9 @@ class ParallelConfig:
     checkpoint's). A layer changes only where its busiest rank has over 1.1 times the mean load and gains 5 percent."""
     check_every: int = 100
     """Steps between comparisons of the key stores over ranks."""
-    timeout_minutes: float = 30
-    """How long a collective, or the start of the slowest rank, may take."""
+    timeout_minutes: float = 10
+    """After so many minutes in which no rank moves on, to the next micro batch, file of a checkpoint and so on, the job ends
+    and names the rank to blame. Collectives and the wait for the slowest rank at the start may take half an hour longer."""
 
     def __post_init__(self) -> None:
         if isinstance(self.ep_size, str) and self.ep_size != "auto":

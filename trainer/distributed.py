@@ -12,6 +12,9 @@ import torch.distributed as dist
 from modeling.some.placement import Placement
 from trainer.config import Experiment
 
+EXTRA_MINUTES = 30
+"""What collectives have beyond `parallel.timeout_minutes`, so that the watchdog speaks first and data can be prepared."""
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -170,7 +173,7 @@ def init_process_group(device: torch.device, timeout_minutes: float) -> None:
     """Form the world: NCCL on GPUs, gloo on CPUs."""
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
-        timeout=timedelta(minutes=timeout_minutes),
+        timeout=timedelta(minutes=timeout_minutes + EXTRA_MINUTES),
         device_id=device if device.type == "cuda" else None,
     )
 
@@ -185,7 +188,7 @@ def expert_parallel_group(ep_size: int, timeout_minutes: float) -> dist.ProcessG
     mine = None
     for first in range(0, dist.get_world_size(), ep_size):
         ranks = list(range(first, first + ep_size))
-        group = dist.new_group(ranks, timeout=timedelta(minutes=timeout_minutes))
+        group = dist.new_group(ranks, timeout=timedelta(minutes=timeout_minutes + EXTRA_MINUTES))
         if dist.get_rank() in ranks:
             mine = group
     return mine

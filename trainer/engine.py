@@ -38,6 +38,11 @@ class CoreState:
     moments: dict[str, dict[str, torch.Tensor]]
     steps: int
 
+    def is_finite(self) -> bool:
+        """Whether every number is."""
+        tensors = [t for named in (self.parameters, *self.moments.values()) for t in named.values()]
+        return all(bool(values.isfinite().all()) for values in tensors)
+
 
 class Engine:
     """ZeRO around the trained core.

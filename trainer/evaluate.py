@@ -4,6 +4,7 @@ Shapes: N sequences of the split, T positions with a target.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,11 +19,19 @@ from trainer.metrics import RoutingMeter
 
 @torch.no_grad()
 def evaluate(
-    model: Transformer, sequences: Sequences, experiment: Experiment, micro_batch: int, device: torch.device
-) -> dict[str, Any]:
+    model: Transformer,
+    sequences: Sequences,
+    experiment: Experiment,
+    micro_batch: int,
+    device: torch.device,
+    gives_up: Callable[[], bool] = lambda: False,
+) -> dict[str, Any] | None:
     """Losses on the validation split and how its tokens were routed; a collective, the same result on every rank.
 
+    `gives_up` is asked on every rank before each of its batches, of which all have as many, and must say the same on all.
+
     Returns:
+        None where it was given up, else
         `val_loss` nats per real token, `val_ppl` its exponential, `nats_per_story`, `bits_per_byte` (of the text's UTF-8),
         `val_tokens`, and `layers`, one record a SoME layer. With padded rows besides, by the published convention (specs
         1.3: the unweighted mean over batches of their mean loss): `val_loss_with_padding` where padding is counted,
@@ -34,6 +43,9 @@ def evaluate(
     rows_N2 = torch.zeros(len(sequences), 2, dtype=torch.float64, device=device)
     model.eval()
     for batch in eval_batches(sequences, dist.get_rank(), dist.get_world_size(), micro_batch):
+        if gives_up():
+            model.train()
+            return None
         mask_BS = batch.routing_mask
         out = model(
             batch.input_ids_BS.to(device),

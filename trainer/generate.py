@@ -1,5 +1,7 @@
 """Text from a model, on all ranks together: each runs the same tokens, rank 0 draws the next one."""
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from tokenizers import Tokenizer
@@ -18,8 +20,12 @@ def generate(
     config: SampleConfig,
     seed: int,
     device: torch.device,
+    on_token: Callable[[], None] = lambda: None,
 ) -> str:
-    """The prompt and what the model adds to it, up to the end of its story; a collective, the same text on every rank."""
+    """The prompt and what the model adds to it, up to the end of its story; a collective, the same text on every rank.
+
+    `on_token` is called before each token.
+    """
     generator = derive_generator(seed, "sample")
     end = eos_id(tokenizer)
     prompt = tokenizer.encode(config.prompt).ids
@@ -28,6 +34,7 @@ def generate(
     ids = [*start, *prompt]
     model.eval()
     for _ in range(config.tokens):
+        on_token()
         window = ids[-model.config.max_seq_len :]
         logits_V = model(torch.tensor([window], device=device)).logits[0, -1].float().cpu()
         if config.temperature == 0:

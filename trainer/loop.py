@@ -8,15 +8,17 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from modeling.some import KeyStore, update_key_stores
 from modeling.some.keys import key_store_hashes
-from trainer.checkpoint import RunState, save_checkpoint
+from trainer.checkpoint import RunState, checkpoint_folder, load_checkpoint, read_state, save_checkpoint
 from trainer.config import Experiment
 from trainer.console import Console
 from trainer.data import Batch, Dataset, TrainOrder, micro_batches
+from trainer.diagnose import NumericalFault, find_suspects
 from trainer.distributed import Layout
 from trainer.engine import Engine, StepResult
 from trainer.evaluate import evaluate
@@ -24,13 +26,19 @@ from trainer.memory import FreedMemory
 from trainer.metrics import RunLog, accumulate_statistics
 from trainer.placement import begin_placement, replan_if_due
 from trainer.schedule import learning_rate
+from trainer.stopping import StopSignals
+from trainer.watchdog import Progress
+
+FEW = 4
+"""How many of a batch's sequences a message names."""
 
 
 @dataclass
 class Trainer:
     """One run in progress.
 
-    `state` moves with every step; `log` is None on every rank but 0.
+    `state` moves with every step; `log` is None on every rank but 0. `stopped_by` says which signal on which rank ends the
+    run, once the ranks know of one.
     """
 
     experiment: Experiment
@@ -42,7 +50,10 @@ class Trainer:
     output_dir: Path
     log: RunLog | None
     console: Console
+    signals: StopSignals = field(default_factory=StopSignals)
+    progress: Progress = field(default_factory=Progress)
     freed_memory: FreedMemory = field(default_factory=FreedMemory)
+    stopped_by: str | None = None
 
     @property
     def stores(self) -> list[KeyStore]:
@@ -54,9 +65,18 @@ class Trainer:
         every = self.experiment.train.eval_every
         return self.order.steps_per_epoch if every == "epoch" else every
 
-    def run(self, stop: int) -> None:
-        """Train up to step `stop`, evaluating and saving on the way and at the end."""
-        checkpoint = self.experiment.checkpoint
+    def run(self, stop: int) -> bool:
+        """Train up to step `stop`, evaluating and saving on the way and at the end.
+
+        A signal on any rank ends it at the next boundary of all ranks (a step, a batch of an evaluation, a save) with a
+        checkpoint; what was due there and is missing is made first when the run goes on.
+
+        Returns:
+            Whether it came that far.
+
+        Raises:
+            NumericalFault: on every rank, where more steps are skipped than may be and there is no way back.
+        """
         self._record(
             "start",
             step=self.state.step,
@@ -70,18 +90,35 @@ class Trainer:
         self._report_plan(begin_placement(self.engine.model.some_layers, self.experiment.parallel, self.state))
         self.console.begin(self.state.step, stop)
         if self.state.step == 0:
-            self._evaluate()
-        while self.state.step < stop:
+            self.state.evaluation_due = True
+        if self.state.evaluation_due:
+            self._evaluate_and_save(stop)
+        while self.state.step < stop and self.stopped_by is None:
             self._step()
+            if self.state.skipped_in_row > self.experiment.train.max_skipped:
+                self._mend()
+            self.progress.mark("placing experts", self.state.step)
             self._report_plan(replan_if_due(self.engine.model.some_layers, self.experiment.parallel, self.state))
             step, is_last = self.state.step, self.state.step == stop
             if step % self.experiment.parallel.check_every == 0 or is_last:
                 check_key_stores(self.stores, step)
-            is_best = (step % self._eval_every == 0 or is_last) and self._evaluate()
-            if step % checkpoint.every == 0 or is_last or is_best:
-                self._save()
+            self.state.evaluation_due = step % self._eval_every == 0 or is_last
+            self._evaluate_and_save(stop)
         self.console.end()
-        self._record("end", step=self.state.step, finished=self.state.step >= self.state.total_steps)
+        state, stopped = self.state, {} if self.stopped_by is None else {"stopped_by": self.stopped_by}
+        finished = state.step >= state.total_steps and not state.evaluation_due
+        self._record("end", step=state.step, finished=finished, **stopped)
+        return state.step >= stop and not state.evaluation_due
+
+    def _evaluate_and_save(self, stop: int) -> None:
+        """What is due after a step."""
+        state = self.state
+        is_best = state.evaluation_due and self.stopped_by is None and self._evaluate()
+        is_complete = state.step > 0 and not state.evaluation_due
+        is_regular = state.step % self.experiment.checkpoint.every == 0
+        is_due = is_complete and (is_regular or is_best or state.rolled_back == state.step)
+        if is_due or (is_complete and state.step >= stop) or self.stopped_by is not None:
+            self._save(is_due)
 
     def _step(self) -> None:
         """One optimizer step, and the key stores' step after it."""
@@ -95,10 +132,9 @@ class Trainer:
         rate = learning_rate(step, self.state.total_steps, train)
 
         loss, result, statistics = torch.zeros((), device=self.engine.device), None, [None] * len(self.stores)
-        batches = micro_batches(
-            self.dataset.train, sequence_ids, dist.get_rank(), dist.get_world_size(), self.layout.micro_batch
-        )
-        for batch in batches:
+        self.progress.mark("loading data", step + 1)
+        for batch in self._micro_batches(sequence_ids):
+            self.progress.mark("forward and backward", step + 1)
             micro_loss, routing = self._forward_backward(batch, targets, temperature)
             loss += micro_loss
             routed_BS = batch.attention_mask_BS
@@ -108,15 +144,66 @@ class Trainer:
             )
             result = self.engine.end_micro_batch(rate)
         assert result is not None, "the last micro batch of a step is its accumulation boundary"
+        self.progress.mark("key update", step + 1)
         if result.applied:
             update_key_stores(self.stores, statistics, dist.group.WORLD)
 
-        dist.all_reduce(loss)
+        loss = self._agree(loss)
         self.freed_memory.release()
         self.state.step += 1
         self.state.tokens += tokens
         self.state.skipped += not result.applied
-        self._report_step(float(loss), result, rate, tokens, time.perf_counter() - began)
+        self.state.skipped_in_row = 0 if result.applied else self.state.skipped_in_row + 1
+        self._report_step(loss, result, rate, tokens, time.perf_counter() - began)
+
+    def _micro_batches(self, sequence_ids: np.ndarray) -> list[Batch]:
+        """This rank's share of a global batch."""
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        return micro_batches(self.dataset.train, sequence_ids, rank, world_size, self.layout.micro_batch)
+
+    def _agree(self, value: torch.Tensor | float = 0.0) -> float:
+        """The sum of `value` over the ranks, who learn in the same collective whether one of them got a signal."""
+        received = self.signals.received
+        sums_2 = torch.tensor([0.0, received is not None], device=self.engine.device)
+        sums_2[0] = value
+        dist.all_reduce(sums_2)
+        total, signalled = sums_2.tolist()
+        if signalled and self.stopped_by is None:
+            names: list[str | None] = [None] * dist.get_world_size()
+            dist.all_gather_object(names, None if received is None else received.name)
+            rank, name = next((rank, name) for rank, name in enumerate(names) if name is not None)
+            self.stopped_by = f"{name} on rank {rank}"
+        return total
+
+    def _mend(self) -> None:
+        """Go back to the last checkpoint that was due, if the settings say so and it has not just been done; else stop."""
+        state, train = self.state, self.experiment.train
+        self.progress.mark("looking for non-finite numbers", state.step)
+        ids = self.order.sequence_ids(state.step - 1)
+        temperature = self._temperature((state.step - 1) // self.order.steps_per_epoch)
+        suspects = find_suspects(self.engine.model, self._micro_batches(ids), temperature, self.engine.device)
+        documents = np.cumsum(self.dataset.train.starts_document)[ids[:FEW]] - 1
+        fault = (
+            f"step {state.step}: the loss or the gradients of {state.skipped_in_row} steps in a row are not finite "
+            f"(train.max_skipped = {train.max_skipped}); first seen in {suspects}; the batch has sequences "
+            f"{', '.join(map(str, ids[:FEW]))}, ... of documents {', '.join(map(str, documents))}, ..."
+        )
+        if train.on_nan == "stop":
+            raise NumericalFault(f"{fault}; --set train.on_nan=rollback goes back to a checkpoint and leaves this data out")
+        if state.rolled_back is not None:
+            raise NumericalFault(f"{fault}; no checkpoint was due since the run went back at step {state.rolled_back}")
+        if state.rollback_to is None:
+            raise NumericalFault(f"{fault}; there is no checkpoint to go back to")
+        folder = checkpoint_folder(self.output_dir, state.rollback_to)
+        try:
+            saved = read_state(folder)
+            self.engine.load_core_state(load_checkpoint(folder, saved, self.stores))
+        except ValueError as error:
+            raise NumericalFault(f"{fault}; going back failed: {error}") from None
+        state.skipped, state.skipped_in_row = saved.skipped + state.step - saved.step, 0
+        state.rolled_back = state.step
+        self.console.say(f"{fault}; going on from the weights of step {saved.step}")
+        self._record("rollback", step=state.step, to=saved.step, suspects=suspects)
 
     def _temperature(self, epoch: int) -> float | None:
         """The gates' temperature in an epoch (from 0); None = the model's own."""
@@ -137,14 +224,15 @@ class Trainer:
             targets_BS=batch.targets_BS.to(device),
         )
         loss = out.losses_T.sum() / targets
-        self.engine.backward(loss)
+        # A loss may be infinite and its gradients finite: make them NaN, which the engine finds on every rank.
+        self.engine.backward(loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan))
         return loss.detach(), out.routing
 
     def _report_step(self, loss: float, result: StepResult, rate: float, tokens: int, seconds: float) -> None:
         step, rate_of_tokens = self.state.step, tokens / seconds
         self.console.step(step, loss, rate_of_tokens)
         if not result.applied:
-            self.console.say(f"step {step}: gradients are not finite; the step and its key update are skipped")
+            self.console.say(f"step {step}: loss or gradients are not finite; the step and its key update are skipped")
         if step % self.experiment.log.every == 0:
             self._record(
                 "train",
@@ -171,11 +259,14 @@ class Trainer:
         )
 
     def _evaluate(self) -> bool:
-        """Measure on the validation split; whether it is the best so far."""
-        began = time.perf_counter()
+        """Measure on the validation split, unless a signal comes; whether it is the best so far."""
+        began, engine = time.perf_counter(), self.engine
         measured = evaluate(
-            self.engine.model, self.dataset.validation, self.experiment, self.layout.micro_batch, self.engine.device
+            engine.model, self.dataset.validation, self.experiment, self.layout.micro_batch, engine.device, self._gives_up
         )
+        if measured is None:
+            return False
+        self.state.evaluation_due = False
         step, loss = self.state.step, measured["val_loss"]
         self.state.val_loss = loss
         is_best = self.state.best is None or loss < self.state.best["val_loss"]
@@ -192,14 +283,32 @@ class Trainer:
         )
         return is_best
 
-    def _save(self) -> None:
-        """Every rank gathers the core; rank 0 writes; nobody goes on before it is written."""
-        began = time.perf_counter()
+    def _gives_up(self) -> bool:
+        self.progress.mark("evaluation", self.state.step)
+        self._agree()
+        return self.stopped_by is not None
+
+    def _save(self, is_due: bool = True) -> None:
+        """Every rank gathers the core; rank 0 writes; nobody goes on before it is written.
+
+        Numbers that are not finite are never written: the last good checkpoint stays the newest.
+        """
+        began, state = time.perf_counter(), self.state
+        self.progress.mark("gathering a checkpoint", state.step)
         core = self.engine.core_state()
+        if not core.is_finite() or not all(bool(store.keys.isfinite().all()) for store in self.stores):
+            self.console.say(f"step {state.step}: no checkpoint, since weights or keys are not finite")
+            return
+        # Not amid skipped steps: what spoils them may lie in these weights.
+        if is_due and not state.skipped_in_row:
+            state.rollback_to = state.step
+            state.rolled_back = state.rolled_back if state.rolled_back == state.step else None
+        self.progress.mark("writing a checkpoint", state.step)
         if dist.get_rank() == 0:
-            folder = save_checkpoint(self.output_dir, self.state, core, self.stores, self.experiment.checkpoint.keep)
-            self._record("checkpoint", step=self.state.step, path=folder.name, seconds=time.perf_counter() - began)
-        dist.barrier()
+            keep = self.experiment.checkpoint.keep
+            folder = save_checkpoint(self.output_dir, state, core, self.stores, keep, on_file=self.progress.alive)
+            self._record("checkpoint", step=state.step, path=folder.name, seconds=time.perf_counter() - began)
+        self._agree()
 
     def _record(self, event: str, **values) -> None:
         if self.log is not None:

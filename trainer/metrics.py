@@ -124,14 +124,15 @@ def accumulate_statistics(
 class RunLog:
     """Appends one JSON object a line to `metrics.jsonl` and mirrors numbers to TensorBoard; rank 0 only.
 
-    On resume, records after the resumed step are dropped, so that every step appears once.
+    On resume, records after the resumed step are dropped, so that every step appears once; with `evaluates` also the
+    resumed step's evaluation, which is about to be made again.
     """
 
-    def __init__(self, output_dir: Path, resumed_step: int, tensorboard: bool):
+    def __init__(self, output_dir: Path, resumed_step: int, tensorboard: bool, evaluates: bool = False):
         output_dir.mkdir(parents=True, exist_ok=True)
         self._path = output_dir / "metrics.jsonl"
         if self._path.exists():
-            self._drop_after(resumed_step)
+            self._drop_after(resumed_step, evaluates)
         self._file = open(self._path, "a", encoding="utf-8", buffering=1)
         self._board = None
         if tensorboard:
@@ -141,14 +142,15 @@ class RunLog:
                 str(output_dir / "tensorboard"), purge_step=resumed_step + 1 if resumed_step else None
             )
 
-    def _drop_after(self, step: int) -> None:
+    def _drop_after(self, step: int, evaluates: bool) -> None:
         kept = []
         for line in self._path.read_text(encoding="utf-8").splitlines(keepends=True):
             try:
                 record = json.loads(line)
             except json.JSONDecodeError:
                 continue  # a line cut short by a crash belongs to a step that is run again
-            if record.get("step", 0) <= step and record["event"] != "end":
+            is_made_again = evaluates and record["event"] == "eval" and record["step"] == step
+            if record.get("step", 0) <= step and record["event"] != "end" and not is_made_again:
                 kept.append(line)
         temporary = self._path.with_suffix(".tmp")
         temporary.write_text("".join(kept), encoding="utf-8")

@@ -40,6 +40,7 @@ from trainer.checkpoint import (
 from trainer.config import Experiment, experiment_names, load_experiment
 from trainer.console import Console
 from trainer.data import Dataset, TrainOrder, check_source, open_data, prepare_data
+from trainer.diagnose import NumericalFault
 from trainer.distributed import (
     Launch,
     Layout,
@@ -52,19 +53,21 @@ from trainer.distributed import (
 )
 from trainer.ds_config import is_bf16, load_ds_config
 from trainer.engine import Engine, check_zero_section
+from trainer.exit_codes import DONE, FAILED, REFUSED, REQUEUE
 from trainer.generate import generate
 from trainer.loop import Trainer
 from trainer.metrics import RunLog
 from trainer.plan import Deployment, Sharding, describe, most_replicas
 from trainer.published import published_ids, published_results
 from trainer.runfolder import set_aside, write_config
+from trainer.stopping import StopSignals
+from trainer.watchdog import Watchdog
 
-EXIT_REFUSED = 2
 SECONDS_TO_WAIT_FOR_RANK_0 = 60
 
 
 def main() -> None:
-    """The command line."""
+    """The command line; ends with one of `trainer/exit_codes.py`."""
     arguments = parse_arguments()
     launch = Launch(rank=0, world_size=1, local_rank=0, local_world_size=1)
     try:
@@ -72,9 +75,13 @@ def main() -> None:
             print_experiments()
             return
         launch = Launch.from_environment()
-        run(arguments, launch)
+        code = run(arguments, launch)
     except ValueError as error:
-        refuse(error, launch)
+        end(error, launch, REFUSED)
+    except NumericalFault as error:
+        end(error, launch, FAILED)
+    if code != DONE:
+        sys.exit(code)
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -133,32 +140,42 @@ class Job:
         return dataset
 
 
-def run(arguments: argparse.Namespace, launch: Launch) -> None:
-    """One run from its flags to its last checkpoint."""
+def run(arguments: argparse.Namespace, launch: Launch) -> int:
+    """One run from its flags to its last checkpoint; its exit code."""
     job = decide(arguments, launch)
     if arguments.dry_run:
         if launch.rank == 0:
             print(describe(job.experiment, deployment(job)))
-        return
+        return DONE
     launch.export()
     check_gpus(launch)
     check_zero_section(arguments.ds_config, job.ds_config)
     check_source(job.experiment.data)
     if is_done(job, arguments.max_steps):
-        return
-    # Rank 0 prepares folder and data while the others wait for it at the rendezvous, so what it refuses is refused here.
-    data_folder = prepare_folder_and_data(job) if launch.rank == 0 else None
+        return DONE
+    with StopSignals() as signals:
+        # Rank 0 prepares folder and data while the others wait for it at the rendezvous, so what it refuses is refused here.
+        data_folder = prepare_folder_and_data(job) if launch.rank == 0 else None
 
-    device = choose_device(launch)
-    init_process_group(device, job.experiment.parallel.timeout_minutes)
-    try:
-        # Ranks that see different folders or sizes of nodes would run different collectives and wait for each other.
-        demand_agreement(f"{job.layout}, starting at step {job.saved.step if job.saved else 0}")
-        trainer = prepare_trainer(job, Path(broadcast_text(str(data_folder))), device)
-        trainer.run(stop=min(arguments.max_steps or job.state.total_steps, job.state.total_steps))
-        finish(trainer)
-    finally:
-        dist.destroy_process_group()
+        device, timeout = choose_device(launch), job.experiment.parallel.timeout_minutes
+        init_process_group(device, timeout)
+        try:
+            # Ranks that see different folders or sizes of nodes would run different collectives and wait for each other.
+            demand_agreement(f"{job.layout}, starting at step {job.saved.step if job.saved else 0}")
+            trainer = prepare_trainer(job, Path(broadcast_text(str(data_folder))), device)
+            with Watchdog(trainer.progress, timeout):
+                return train(trainer, signals, arguments.max_steps)
+        finally:
+            dist.destroy_process_group()
+
+
+def train(trainer: Trainer, signals: StopSignals, max_steps: int | None) -> int:
+    """Train to the end, or until a signal comes; the exit code."""
+    trainer.signals, total = signals, trainer.state.total_steps
+    signals.defer()
+    is_complete = trainer.run(stop=min(max_steps or total, total))
+    finish(trainer, is_complete)
+    return DONE if is_complete else REQUEUE
 
 
 def decide(arguments: argparse.Namespace, launch: Launch) -> Job:
@@ -208,7 +225,9 @@ def deployment(job: Job) -> Deployment:
 def is_done(job: Job, max_steps: int | None) -> bool:
     """Whether nothing is left to do; rank 0 says so and how to start anew."""
     saved = job.saved
-    if saved is None or (saved.step < saved.total_steps and (max_steps is None or saved.step < max_steps)):
+    if saved is None or saved.evaluation_due:
+        return False
+    if saved.step < saved.total_steps and (max_steps is None or saved.step < max_steps):
         return False
     if job.launch.rank == 0:
         what = "is finished" if saved.step >= saved.total_steps else f"has reached --max_steps {max_steps}"
@@ -269,7 +288,7 @@ def prepare_trainer(job: Job, data_folder: Path, device: torch.device) -> Traine
         order=train_order(experiment, dataset),
         state=state,
         output_dir=job.output_dir,
-        log=RunLog(job.output_dir, state.step, experiment.log.tensorboard) if is_first else None,
+        log=RunLog(job.output_dir, state.step, experiment.log.tensorboard, state.evaluation_due) if is_first else None,
         console=console,
     )
 
@@ -293,15 +312,24 @@ def set_numerics(deterministic: bool) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
-def finish(trainer: Trainer) -> None:
-    """Print what the model writes now, and where the run lies."""
+def finish(trainer: Trainer, is_complete: bool) -> None:
+    """Print what the model writes now, unless the time is up, and where the run lies."""
     experiment, state = trainer.experiment, trainer.state
-    if experiment.sample.tokens:
+    if experiment.sample.tokens and trainer.stopped_by is None:
         data, engine = trainer.dataset, trainer.engine
-        text = generate(engine.model, data.tokenizer, data.train.layout, experiment.sample, experiment.seed, engine.device)
+        text = generate(
+            engine.model,
+            data.tokenizer,
+            data.train.layout,
+            experiment.sample,
+            experiment.seed,
+            engine.device,
+            on_token=lambda: trainer.progress.mark("sample", state.step),
+        )
         trainer.console.say(f"\n{text}\n")
-    done = "finished" if state.step >= state.total_steps else "stopped"
-    trainer.console.say(f"{done} at step {state.step}: {trainer.output_dir}")
+    done = "finished" if is_complete and state.step >= state.total_steps else "stopped"
+    why = "" if is_complete else f" by {trainer.stopped_by}; the same command goes on from its newest checkpoint"
+    trainer.console.say(f"{done} at step {state.step}{why}: {trainer.output_dir}")
     if trainer.log is not None:
         trainer.log.close()
 
@@ -329,15 +357,15 @@ def describe_published(name: str) -> str:
     return f"published: val {last.val_loss:.4f} (ppl {last.val_ppl:.2f}) after {last.epoch} epochs"
 
 
-def refuse(error: ValueError, launch: Launch) -> NoReturn:
-    """One line and exit code 2. Rank 0 speaks for all; the others wait to be ended with it, and speak up if they are not."""
+def end(error: Exception, launch: Launch, code: int) -> NoReturn:
+    """One line and the exit code. Rank 0 speaks for all; the others wait to be ended with it, else they speak up."""
     if launch.rank != 0:
         signal.sigtimedwait([signal.SIGTERM], SECONDS_TO_WAIT_FOR_RANK_0)
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-    if "SOME_REFUSED_FILE" in os.environ:
+    if code == REFUSED and "SOME_REFUSED_FILE" in os.environ:
         # slurm/body.sh cannot rely on srun's exit code, which is the highest of all ranks', those that it killed included.
         Path(os.environ["SOME_REFUSED_FILE"]).touch()
-    sys.exit(EXIT_REFUSED)
+    sys.exit(code)
 
 
 if __name__ == "__main__":
