@@ -103,7 +103,9 @@ class Cluster:
         wait_until((munge / "socket").exists, 20, "munged's socket")
         # SLURM compares its configuration with the host name, so the head has one of its own.
         named = 'hostname head && mount --bind "$1" /etc/hosts && exec slurmctld -D'
-        self._start("slurmctld", ["unshare", "--uts", "--mount", "sh", "-c", named, "sh", str(self.folder / "hosts")])
+        self._start(
+            "slurmctld", ["unshare", "--uts", "--mount", "sh", "-c", named, "sh", str(self.folder / "hosts" / "head")]
+        )
         for node in self.nodes:
             self._start_node(node)
         self.wait_for_nodes()

@@ -58,14 +58,18 @@ KILL_WAIT = 15
 def write_config(folder: Path, network: Network, cpus: int, gpus: int) -> None:
     """slurm.conf and what it needs, into a new cluster's folder."""
     nodes = range(network.nodes)
-    for name in ("munge", "state", "log", "pids", "dev", *(f"spool/node{node}" for node in nodes)):
+    for name in ("munge", "state", "log", "pids", "dev", "hosts", *(f"spool/node{node}" for node in nodes)):
         (folder / name).mkdir(parents=True, exist_ok=True)
     key = folder / "munge" / "key"
     key.touch(0o600)
     key.write_bytes(os.urandom(1024))
 
-    names = "".join(f"{network.address(node)} node{node}\n" for node in nodes)
-    (folder / "hosts").write_text(f"127.0.0.1 localhost\n{network.head} head\n{names}", encoding="utf-8")
+    names = {"head": network.head} | {f"node{node}": network.address(node) for node in nodes}
+    for host in names:
+        # As Debian has it: a host's own name leads to the host alone, and not to its address in the network.
+        own = names if host == "head" else names | {host: "127.0.1.1"}
+        text = "".join(f"{address} {name}\n" for name, address in {"localhost": "127.0.0.1", **own}.items())
+        (folder / "hosts" / host).write_text(text, encoding="utf-8")
 
     text = SLURM_CONF.format(
         head=network.head,

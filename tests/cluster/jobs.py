@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
@@ -72,10 +73,12 @@ def write_program(path: Path, text: str) -> Path:
 class StandInJob:
     """A job of b3's launcher on both nodes, with `stand_in.py` for the trainer."""
 
-    def __init__(self, cluster: Cluster, folder: Path, behaviour: str, *arguments: str, **variables: str) -> None:
+    def __init__(
+        self, cluster: Cluster, folder: Path, behaviour: str, *arguments: str, sbatch: Sequence[str] = (), **variables: str
+    ) -> None:
         self.folder, self.run = folder, folder / "runs" / "b3"
         settings = stand_in_environment(folder, behaviour, **variables)
-        self.id = cluster.submit(B3, *arguments, cwd=folder, environment=settings)
+        self.id = cluster.submit(*sbatch, B3, *arguments, cwd=folder, environment=settings)
 
     @property
     def log(self) -> list[str]:

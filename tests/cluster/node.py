@@ -15,7 +15,7 @@ def main(name: str, folder: str) -> int:
     """Be the node; slurmd's exit status."""
     socket.sethostname(name)
     subprocess.run(["mount", "-t", "proc", "proc", "/proc"], check=True)
-    subprocess.run(["mount", "--bind", f"{folder}/hosts", "/etc/hosts"], check=True)
+    subprocess.run(["mount", "--bind", f"{folder}/hosts/{name}", "/etc/hosts"], check=True)
     subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=1777", "tmpfs", "/dev/shm"], check=True)
     slurmd = subprocess.Popen(["slurmd", "-D", "-N", name])
     signal.signal(signal.SIGTERM, lambda *_: slurmd.terminate())

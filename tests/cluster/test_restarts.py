@@ -5,6 +5,8 @@ A restart takes SLURM six seconds here, so jobs run beside each other.
 
 import re
 
+import pytest
+
 from tests.cluster.cluster import Ending
 from tests.cluster.jobs import SERIES, StandInJob, stand_in_environment
 from tests.cluster.processes import wait_until
@@ -100,3 +102,15 @@ def test_a_job_survives_a_power_cut(cluster, tmp_path):
     # The other node's rank has saved when SLURM ended the job.
     [saved] = [line.split()[4] for line in job.log if line.startswith("rank 0 saves")][:1]
     assert f"rank 0 begins at {saved} resume auto on node0" in job.log
+
+
+@pytest.mark.long
+def test_the_notice_comes_before_the_time_limit(cluster, tmp_path):
+    """SLURM counts limits in minutes and looks at them every half."""
+    job = StandInJob(cluster, tmp_path, FOREVER, sbatch=["--time=2", "--signal=USR2@60"])
+    job.wait_for("rank 1 begins")
+    wait_until(lambda: any(line.startswith("rank 0 saves") for line in job.log), 120, "the notice", every=1)
+    job.wait_for("rank 0 begins", times=2)
+    cluster.run("scancel", job.id)
+    assert cluster.wait(job.id, 60).restarts == 1
+    assert next(line for line in job.log if line.startswith("rank 0 saves")).endswith("SIGUSR2")
