@@ -1,5 +1,9 @@
 """The trainer itself in jobs of two nodes: whatever happens to a job, one training curve comes out of it."""
 
+import os
+import signal
+from pathlib import Path
+
 import pytest
 
 from tests.cluster.cluster import Cluster, Ending
@@ -14,7 +18,7 @@ EVERY = 10
 class TrainingJob:
     """A run of `STEPS` tiny steps by b3's launcher on both nodes, with experts on both."""
 
-    def __init__(self, cluster: Cluster, folder, *settings: str) -> None:
+    def __init__(self, cluster: Cluster, folder: Path, *settings: str) -> None:
         self.folder, self.run = folder, folder / "runs" / "tiny"
         write_tiny(folder, STEPS)
         changes = ["parallel.ep_size=2", f"checkpoint.every={EVERY}", "train.eval_every=1000", *settings]
@@ -29,7 +33,29 @@ class TrainingJob:
 
     def wait_for_step(self, step: int, seconds: float = 200) -> None:
         """Wait until a step was recorded."""
-        wait_until(lambda: last_step(self.run) >= step, seconds, f"step {step}")
+        wait_until(lambda: last_step(self.run) >= step, seconds, f"step {step}", every=0.1)
+
+    def freeze_amid_a_save(self) -> None:
+        """Stop the rank that writes while it writes a checkpoint."""
+        [pid] = [int(path.name) for path in Path("/proc").glob("[0-9]*") if self._is_first_rank(path)]
+        while True:
+            wait_until(self._saves, 120, "a save", every=0.001)
+            os.kill(pid, signal.SIGSTOP)
+            if self._saves():
+                return
+            os.kill(pid, signal.SIGCONT)
+
+    def _saves(self) -> bool:
+        return any(self.run.glob("checkpoints/.tmp-step_*"))
+
+    def _is_first_rank(self, process: Path) -> bool:
+        try:
+            variables = (process / "environ").read_bytes().split(b"\0")
+            return process.joinpath("cwd").readlink() == self.folder and {b"SLURM_PROCID=0", b"SLURM_STEP_ID=0"} <= {
+                *variables
+            }
+        except OSError:
+            return False  # it has ended
 
 
 @pytest.fixture(scope="module")
@@ -52,17 +78,20 @@ def test_two_nodes_train_what_one_process_trains(unbroken, tmp_path):
     assert unbroken[:3] == pytest.approx(losses(tmp_path / "run"), rel=2e-6)
 
 
-def test_a_job_started_again_by_slurm_and_after_a_power_cut_trains_the_same(cluster, unbroken, tmp_path):
+def test_a_job_started_again_and_then_cut_off_amid_a_save_trains_the_same(cluster, unbroken, tmp_path):
     job = TrainingJob(cluster, tmp_path)
     job.wait_for_step(EVERY + 5)
     cluster.run("scontrol", "requeue", job.id)
-    job.wait_for_step(3 * EVERY + 5)
+    job.wait_for_step(3 * EVERY)
+    job.freeze_amid_a_save()
     cluster.crash("node0")
     cluster.boot("node0")
     assert cluster.wait(job.id, 240) == Ending("COMPLETED", "0:0", restarts=2), job.output
     assert losses(job.run) == unbroken
-    resumed = [start["step"] for start in records(job.run, "start")]
-    assert resumed[0] == 0 and all(step >= EVERY for step in resumed[1:])
+    begins = [start["step"] for start in records(job.run, "start")]
+    assert begins[0] == 0 and begins[1] >= EVERY + 5, "it was to save before SLURM started it again"
+    assert begins[2] >= 2 * EVERY and begins[2] % EVERY == 0
+    assert not list(job.run.glob("**/.tmp-*"))
 
 
 def test_a_refused_setting_fails_the_job_and_says_why_once(cluster, tmp_path):
@@ -74,13 +103,13 @@ def test_a_refused_setting_fails_the_job_and_says_why_once(cluster, tmp_path):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("node", ["node0", "node1"])
-def test_a_job_whose_node_loses_its_cable_trains_the_same(cluster, unbroken, tmp_path, node):
-    """SLURM itself has to notice, while the ranks on both sides still run; node0 has the one that writes."""
+@pytest.mark.parametrize(("node", "fault"), [("node0", "unplug"), ("node1", "unplug"), ("node1", "crash")])
+def test_a_job_whose_node_is_lost_until_slurm_misses_it_trains_the_same(cluster, unbroken, tmp_path, node, fault):
+    """Ranks on both sides of a pulled cable live on, amid a step; the batch script and the rank that writes are on node0."""
     job = TrainingJob(cluster, tmp_path)
     job.wait_for_step(EVERY + 5)
-    cluster.unplug(node)
+    getattr(cluster, fault)(node)
     wait_until(lambda: cluster.node_states()[node] == "down*", 150, f"SLURM to miss {node}", every=0.5)
-    cluster.plug(node)
+    getattr(cluster, {"unplug": "plug", "crash": "boot"}[fault])(node)
     assert cluster.wait(job.id, 400).state == "COMPLETED", job.output
     assert losses(job.run) == unbroken
