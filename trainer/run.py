@@ -81,6 +81,8 @@ def main() -> None:
     except NumericalFault as error:
         end(error, launch, FAILED)
     if code != DONE:
+        # Launchers that see the first rank end send SIGTERM to the others, which are to end with the same code.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         sys.exit(code)
 
 

@@ -142,7 +142,7 @@ class Watchdog:
             suspects, why = [p for p in posts if p["marks"] == fewest], "is the furthest behind"
         else:
             suspects, why = [], ""
-        named = "; ".join(f"{_name(p)} {why}" for p in suspects[:4]) or "all ranks wait at the same place: the network is"
+        named = "; ".join(f"{_name(p)} {why}" for p in suspects[:4]) or "the network, since all ranks wait at the same place"
         lines = [f"  {_name(p)}: {_where(p)}" + ", silent" * is_silent for p, is_silent in zip(posts, silent, strict=True)]
         return "\n".join([self._headline(named), *lines])
 
@@ -161,7 +161,7 @@ class Watchdog:
     def _headline(self, suspect: str) -> str:
         return (
             f"error: no rank has moved for {self._limit:.0f} s (parallel.timeout_minutes = {self._limit / 60:g}), suspect: "
-            f"{suspect}; start again to go on from the last checkpoint"
+            f"{suspect}; start again to go on from the last checkpoint, and set a longer time if one was at work"
         )
 
     def _end(self, message: str) -> None:

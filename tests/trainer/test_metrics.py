@@ -158,6 +158,19 @@ def test_resumed_log_has_every_step_once(tmp_path):
     assert [(r["step"], r["loss"]) for r in kept] == [(1, 1.0), (2, 1.0), (3, 1.0), (4, 2.0)]
 
 
+def test_a_log_drops_the_evaluation_that_is_made_again(tmp_path):
+    log = RunLog(tmp_path, resumed_step=0, tensorboard=False)
+    for step in (2, 3):
+        log.write("train", step=step)
+        log.write("eval", step=step)
+    log.close()
+    for evaluates, last in [(False, "eval"), (True, "train")]:
+        RunLog(tmp_path, resumed_step=3, tensorboard=False, evaluates=evaluates).close()
+        kept = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+        assert [r["event"] for r in kept[:3]] == ["train", "eval", "train"]
+        assert kept[-1] == {"event": last, "step": 3}
+
+
 def test_tensorboard_curves_do_not_grow_with_layers(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -20,7 +20,8 @@ from tests.training import make_trainer
 from trainer import run, stopping
 from trainer.checkpoint import newest_checkpoint, read_state
 from trainer.distributed import Launch
-from trainer.exit_codes import DONE, REQUEUE
+from trainer.exit_codes import REQUEUE
+from trainer.loop import Trainer
 from trainer.stopping import StopSignals
 
 STEPS = 8
@@ -177,19 +178,35 @@ def test_handlers_are_put_back_and_what_is_ignored_stays_so(monkeypatch):
     wait_for(lambda: "signals" not in [thread.name for thread in threading.enumerate()])
 
 
-def _command(arguments: list[str], saving: str = "") -> None:
-    """The command line in this process; the save that would write the file `saving` marks it and never ends."""
+def _command(arguments: list[str]) -> None:
+    sys.argv = ["run.py", *arguments]
+    run.main()
+
+
+def _command_that_never_ends_its_second_save(arguments: list[str], blocked: Path) -> None:
     sync = os.fsync
 
-    def blocked(descriptor: int) -> None:
-        if saving and Path(saving).parent.joinpath("step_00000004").exists():
-            Path(saving).touch()
+    def blocking(descriptor: int) -> None:
+        if (blocked.parent / "step_00000004").exists():
+            blocked.touch()
             threading.Event().wait()
         sync(descriptor)
 
-    os.fsync = blocked
-    sys.argv = ["run.py", *arguments]
-    run.main()
+    os.fsync = blocking
+    _command(arguments)
+
+
+def _command_with_a_signal(arguments: list[str]) -> None:
+    take_step = Trainer._step
+
+    def step_with_signal(trainer: Trainer) -> None:
+        if trainer.state.step == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+            wait_for(lambda: trainer.signals.received is not None)
+        take_step(trainer)
+
+    Trainer._step = step_with_signal
+    _command(arguments)
 
 
 def test_the_command_line_stops_and_goes_on_and_a_second_signal_harms_no_checkpoint(tmp_path, cache_dir):
@@ -199,7 +216,7 @@ def test_the_command_line_stops_and_goes_on_and_a_second_signal_harms_no_checkpo
         arguments += ["--set", setting]
 
     blocked = folder / "checkpoints" / "blocked"
-    process = start_process(_command, arguments, str(blocked))
+    process = start_process(_command_that_never_ends_its_second_save, arguments, blocked)
     wait_for(lambda: blocked.exists() or not process.is_alive())
     while process.is_alive():
         os.kill(process.pid, signal.SIGTERM)
@@ -208,9 +225,9 @@ def test_the_command_line_stops_and_goes_on_and_a_second_signal_harms_no_checkpo
     found = newest_checkpoint(folder / "checkpoints")
     assert found.name == "step_00000004" and read_state(found).step == 4
 
-    process = start_process(_command, arguments)
-    wait_for(lambda: len(records(folder, "train")) > 4 and records(folder, "start")[-1]["step"] == 4)
-    if process.is_alive():
-        os.kill(process.pid, signal.SIGTERM)
-    process.join(60)
-    assert process.exitcode in (REQUEUE, DONE)
+    process = start_process(_command_with_a_signal, arguments)
+    process.join(100)
+    assert process.exitcode == REQUEUE
+    assert newest_checkpoint(folder / "checkpoints").name == "step_00000006"
+    assert [record["step"] for record in records(folder, "start")] == [0, 4]
+    assert records(folder, "end") == [{"event": "end", "step": 6, "finished": False, "stopped_by": "SIGINT on rank 0"}]
