@@ -26,6 +26,7 @@ setup(
         "numpy>=1.26",
         "pyarrow>=15",
         "tqdm>=4.66",
+        "psutil>=5.9",
     ],
     extras_require={
         "bench": ["transformers>=4.51"],

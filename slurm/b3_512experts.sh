@@ -12,6 +12,8 @@
 #SBATCH --output=slurm-%x-%j.out
 #SBATCH --open-mode=append
 #SBATCH --requeue
+# Seconds before the time limit at which the ranks (no B: here, or only this shell) are told to save and stop.
+#SBATCH --signal=USR2@180
 
 # sbatch runs a copy of this file, so the body is found from the folder that sbatch was called in.
 body=${SOME_HOME:-${SLURM_SUBMIT_DIR:-.}}/slurm/body.sh

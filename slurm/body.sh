@@ -8,14 +8,21 @@
 # node's GPUs, else 1. CPUs a task: --cpus-per-task, else an even share of the CPUs that the job got.
 #
 # Environment:
-#   SOME_HOME         folder of the repository            [the folder that sbatch was called in]
-#   SOME_PYTHON       Python that runs the trainer        [.venv of the repository, else python3]
-#   SOME_EXPERIMENT   experiment to run, name or YAML     [the launcher's]
-#   SOME_DS_CONFIG    DeepSpeed JSON                      [ds_configs/zero2.json]
-#   OMP_NUM_THREADS   threads of a task                   [its CPUs]
+#   SOME_HOME          folder of the repository            [the folder that sbatch was called in]
+#   SOME_PYTHON        Python that runs the trainer        [.venv of the repository, else python3]
+#   SOME_EXPERIMENT    experiment to run, name or YAML     [the launcher's]
+#   SOME_DS_CONFIG     DeepSpeed JSON                      [ds_configs/zero2.json]
+#   SOME_CACHE_DIR     tokenised data                      [.cache/some in the job's working folder]
+#   SOME_MAX_RESTARTS  restarts in a row without progress  [3]
+#   OMP_NUM_THREADS    threads of a task                   [its CPUs]
 #
 # Paths that are given, and the run's folder runs/EXPERIMENT, start at the job's working folder, which all nodes must
-# share. A job that SLURM requeues continues from its last checkpoint, because the trainer resumes by default.
+# share.
+#
+# The job starts itself again, under the same id, and goes on from its last checkpoint: after the ranks saved and stopped for
+# a signal, such as the notice before the time limit (exit code 75), and after a failure (any other). It ends for good when
+# the run is done (0), when the trainer refused its input (2), when it was cancelled, and when SOME_MAX_RESTARTS restarts in
+# a row brought no new checkpoint (1). SLURM itself starts it again after preemption and when a node fails.
 set -euo pipefail
 
 refuse() {
@@ -26,6 +33,16 @@ refuse() {
 home=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 experiment=${SOME_EXPERIMENT:-$1}
 shift
+
+# The trainer is told its folder, so that both mean the same one.
+run=$(basename "${experiment%.y*ml}")
+run=runs/$run
+for ((i = 1; i <= $#; i++)); do
+	case ${!i} in
+	--output_dir=*) run=${!i#*=} ;;
+	--output_dir) run=${*:i+1:1} ;;
+	esac
+done
 
 [[ -n ${SLURM_JOB_ID:-} ]] || refuse "not inside a SLURM job; submit the script with sbatch"
 
@@ -53,13 +70,8 @@ cpus_per_task=${SLURM_CPUS_PER_TASK:-$((fewest_cpus / tasks_per_node))}
 	refuse "$tasks_per_node task(s) a node do not fit the job's $fewest_cpus CPU(s) there;" \
 		"give sbatch --exclusive, --cpus-per-gpu=N, or --ntasks-per-node=$tasks_per_node with --cpus-per-task=N"
 
-if [[ -n ${SOME_PYTHON:-} ]]; then
-	python=$SOME_PYTHON
-else
-	# shellcheck source=/dev/null
-	[[ ! -r $home/.venv/bin/activate ]] || source "$home/.venv/bin/activate"
-	python=python3
-fi
+# shellcheck source=slurm/python.sh
+source "$home/slurm/python.sh"
 
 # The ranks meet on the job's first node. Ports below 32768 are not handed out to clients by the system, and jobs
 # that share a node have different ids.
@@ -76,9 +88,80 @@ unset SLURM_CPUS_PER_GPU SLURM_GPUS SLURM_GPUS_PER_TASK SLURM_GPU_BIND SLURM_NTA
 echo "job $SLURM_JOB_ID: $experiment, $nodes node(s) with $tasks_per_node task(s) of $cpus_per_task CPU(s)," \
 	"rendezvous at $MASTER_ADDR:$MASTER_PORT"
 
+export SOME_CACHE_DIR=${SOME_CACHE_DIR:-$PWD/.cache/some}
+
+# The newest checkpoint, as its name and the identity of its folder.
+newest_checkpoint() {
+	local folder newest=none
+	for folder in "$run"/checkpoints/step_*; do
+		[[ ! -d $folder ]] || newest=${folder##*/}:$(stat --format=%i "$folder")
+	done
+	echo "$newest"
+}
+
+# What the job's attempts must know of each other: the newest checkpoint when the first began, when the last began, and how
+# many in a row began at that step. Hidden files in the working folder; they go when the job ends.
+notes=.slurm-${SLURM_JOB_NAME//\//_}-$SLURM_JOB_ID
+max_restarts=${SOME_MAX_RESTARTS:-3}
+((${SLURM_RESTART_COUNT:-0} > 0)) || rm -f "$notes".*
+first=$(newest_checkpoint) before=$first attempt=1
+if [[ -r $notes.attempts ]]; then
+	read -r first last count <"$notes.attempts"
+	[[ ${last%:*} != "${before%:*}" ]] || attempt=$((count + 1))
+fi
+echo "$first $before $attempt" >"$notes.attempts" || refuse "the job's working folder $PWD is not writable"
+
+# Whoever asked for --resume never, or for another run's checkpoint, did not mean again at every restart.
+resume=()
+[[ $before == "$first" ]] || resume=(--resume auto)
+
+# srun's exit code is the highest of its tasks', those that it killed included, so a refusal is told in this file as well.
+export SOME_REFUSED_FILE=$PWD/$notes.refused
+rm -f "$SOME_REFUSED_FILE"
+
+finish() {
+	rm -f "$notes".*
+	exit "$1"
+}
+
+give_up_without_progress() {
+	echo "error: job $SLURM_JOB_ID: $attempt attempt(s) in a row began at checkpoint ${before%:*} and wrote no newer one;" \
+		"it is not started again (SOME_MAX_RESTARTS=$max_restarts)" >&2
+	finish 1
+}
+# An attempt may end without a word, with its node.
+((attempt <= max_restarts + 1)) || give_up_without_progress
+
 # srun takes neither --cpus-per-task from sbatch, nor the environment where sbatch was given --export=NONE.
-# Nothing may follow: its exit code is the job's.
 srun --ntasks="$tasks" --ntasks-per-node="$tasks_per_node" --cpus-per-task="$cpus_per_task" \
 	"${gpu_options[@]}" --export=ALL --kill-on-bad-exit=1 \
 	"$python" "$home/trainer/run.py" --ds_config "${SOME_DS_CONFIG:-$home/ds_configs/zero2.json}" \
-	--experiment "$experiment" "$@"
+	--experiment "$experiment" "$@" --output_dir "$run" "${resume[@]}" &
+srun=$!
+
+# SLURM ends a job with SIGTERM for the ranks and for this shell, which then waits while they save. A notice that was meant
+# for the ranks goes on to them.
+is_ended=
+trap 'is_ended=1' TERM
+trap 'kill -USR2 "$srun"' USR2
+code=0
+wait "$srun" || code=$?
+while kill -0 "$srun" 2>/dev/null; do
+	code=0
+	wait "$srun" || code=$?
+done
+
+# Cancelled, at its time limit, or being started again: all of that is SLURM's, and asking for a restart would undo a scancel.
+[[ -z $is_ended ]] || exit "$code"
+((code != 0)) || finish 0
+[[ $code -ne 2 && ! -e $SOME_REFUSED_FILE ]] || finish 2
+
+after=$(newest_checkpoint)
+[[ ${after%:*} != "${before%:*}" ]] || ((attempt <= max_restarts)) || give_up_without_progress
+echo "job $SLURM_JOB_ID: ended with exit code $code at checkpoint ${after%:*}; it starts again"
+# The id of an array's last task is also that of the whole array.
+job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+# SLURM now ends this shell too, which must not keep it from asking.
+trap '' TERM
+scontrol requeue "${job:-$SLURM_JOB_ID}" || finish "$code"
+exit "$code"

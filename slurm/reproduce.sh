@@ -27,13 +27,8 @@ tool=$home/tools/reproduce.py
 [[ -r $tool ]] || { echo "error: $tool not found; call sbatch in the repository's folder or export SOME_HOME" >&2; exit 2; }
 [[ -n ${SLURM_JOB_ID:-} ]] || { echo "error: not inside a SLURM job; submit the script with sbatch" >&2; exit 2; }
 
-if [[ -n ${SOME_PYTHON:-} ]]; then
-	python=$SOME_PYTHON
-else
-	# shellcheck source=/dev/null
-	[[ ! -r $home/.venv/bin/activate ]] || source "$home/.venv/bin/activate"
-	python=python3
-fi
+# shellcheck source=slurm/python.sh
+source "$home/slurm/python.sh"
 
 # The ranks of a submitting shell would pass for this job's. The tool starts its own on this node, without srun.
 unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE LOCAL_SIZE

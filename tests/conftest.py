@@ -9,3 +9,21 @@ import pytest
 def cache_dir(tmp_path_factory) -> Path:
     """Tokenised data of this session."""
     return tmp_path_factory.mktemp("cache")
+
+
+def pytest_addoption(parser) -> None:
+    """`--long`: also what takes minutes a test."""
+    parser.addoption("--long", action="store_true", help="also run tests that take minutes each")
+
+
+def pytest_configure(config) -> None:
+    """The mark of such tests."""
+    config.addinivalue_line("markers", "long: takes minutes; runs with --long only")
+
+
+def pytest_collection_modifyitems(config, items) -> None:
+    """Skip them where they were not asked for."""
+    if not config.getoption("--long"):
+        for item in items:
+            if item.get_closest_marker("long"):
+                item.add_marker(pytest.mark.skip(reason="takes minutes; run with --long"))

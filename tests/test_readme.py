@@ -1,5 +1,6 @@
 """The README's commands: every trainer command is accepted, every make target and script exists."""
 
+import importlib.util
 import re
 import shlex
 import sys
@@ -37,6 +38,8 @@ def test_other_commands_name_what_exists(command):
     words = shlex.split(command)
     if words[0] == "make":
         assert re.search(rf"^{words[1]}:", (REPOSITORY / "Makefile").read_text(), flags=re.M), command
+    elif words[:2] == ["python", "-m"]:
+        assert importlib.util.find_spec(f"{words[2]}.__main__"), command
     elif words[0] in ("sbatch", "python"):
         script = next(word for word in words[1:] if word.endswith((".sh", ".py")))
         assert (REPOSITORY / script).exists(), command

@@ -1,58 +1,28 @@
-"""The SLURM launchers: what they tell srun, and real jobs on a cluster of two emulated nodes.
-
-The cluster comes from `slurm-sandbox.sh` in the folder SOME_SHARED_DIR (`shared/` beside the repository), which needs root.
-"""
+"""The SLURM launchers without SLURM: what they tell srun and scontrol. `tests/cluster/` has real jobs on a cluster."""
 
 import os
 import re
 import shutil
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import yaml
 
-from tests.distributed import free_port
-from tests.launch import FP32, REPOSITORY, SCRIPT, environment, losses, records, succeed
+from tests.cluster.jobs import B3, SERIES, SWEEP, job_environment, write_program
+from tests.launch import REPOSITORY, SCRIPT
+from tools import grid
 from trainer.config import load_experiment
 
 SLURM = REPOSITORY / "slurm"
 LAUNCHERS = {"a4_64experts.sh": 1, "b1_128experts.sh": 1, "b2_256experts.sh": 2, "b3_512experts.sh": 2}
 """Each launcher and its nodes."""
-B3 = str(SLURM / "b3_512experts.sh")
 ZERO2 = str(REPOSITORY / "ds_configs" / "zero2.json")
-TINY = {
-    "name": "tiny",
-    "model": {
-        "vocab_size": 512, "d_model": 32, "num_layers": 2, "num_heads": 2, "max_seq_len": 64,
-        "some": {"num_experts": 8, "d_ffn": 64, "top_k": 2},
-    },
-    "data": {"name": "stories", "train_documents": 200, "val_documents": 20},
-    "train": {"batch_size": 8, "steps": 4, "warmup_steps": 1},
-    "log": {"tensorboard": False},
-    "sample": {"tokens": 0},
-}  # fmt: skip
+GRID = ["a4", "--grid", "train.learning_rate=3e-4,6e-4", "--grid", "seed=0,1,2"]
 
 
-def job_environment(**extra: str) -> dict[str, str]:
-    """Ours, with nothing in it that steers a launcher but `extra`."""
-    clean = {k: v for k, v in environment().items() if not k.startswith("SOME_") and k != "OMP_NUM_THREADS"}
-    return clean | extra
-
-
-def write_program(path: Path, text: str) -> Path:
-    """An executable file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
-    path.chmod(0o755)
-    return path
-
-
-# Without SLURM
+COMMON = ["#SBATCH --requeue", "#SBATCH --open-mode=append", "#SBATCH --signal=USR2@180"]
 
 
 @pytest.mark.parametrize(("name", "nodes"), LAUNCHERS.items())
@@ -62,6 +32,7 @@ def test_a_launcher_is_sound_and_names_its_experiment(name, nodes):
     subprocess.run(["bash", "-n", path], check=True)
     header, commands = split_header(path)
     assert f"#SBATCH --nodes={nodes}" in header
+    assert set(COMMON) <= set(header)
     assert not [line for line in commands if line.startswith("#SBATCH")], "sbatch ignores these"
     experiment = re.fullmatch(r'source "\$body" (\w+) "\$@"', commands[-1])[1]
     assert f"#SBATCH --job-name=some-{experiment}" in header
@@ -79,6 +50,8 @@ def split_header(path: Path) -> tuple[list[str], list[str]]:
 def test_launchers_differ_in_their_experiment_alone_and_start_no_second_launcher():
     bodies = [split_header(SLURM / name)[1] for name in LAUNCHERS]
     assert len({tuple(body[:-1]) for body in bodies}) == 1
+    for script in (SERIES, SWEEP):
+        assert os.access(script, os.X_OK) and set(COMMON) <= set(split_header(Path(script))[0])
     for path in SLURM.glob("*.sh"):
         commands = [line for line in path.read_text(encoding="utf-8").splitlines() if not line.lstrip().startswith("#")]
         assert not re.search(r"\b(deepspeed|torchrun|mpirun|accelerate)\b", "\n".join(commands))
@@ -97,15 +70,19 @@ class FakeSlurm:
     home: Path = REPOSITORY
 
     def __post_init__(self) -> None:
-        keep = "MASTER_ADDR MASTER_PORT OMP_NUM_THREADS RANK SLURM_GPUS_PER_TASK VIRTUAL_ENV"
+        keep = "MASTER_ADDR MASTER_PORT OMP_NUM_THREADS RANK SLURM_GPUS_PER_TASK VIRTUAL_ENV SOME_CACHE_DIR"
         write_program(
             self.folder / "bin" / "srun",
             f'#!/bin/bash\nprintf "%s\\n" "$@" >"{self.folder}/arguments"\n'
-            f'for name in {keep}; do echo "$name=${{!name-}}"; done >"{self.folder}/variables"\nexit "${{SRUN_CODE:-0}}"\n',
+            f'for name in {keep}; do echo "$name=${{!name-}}"; done >"{self.folder}/variables"\n'
+            '[[ -z ${SRUN_REFUSED-} ]] || touch "$SOME_REFUSED_FILE"\n'
+            '[[ -z ${SRUN_SAVES-} ]] || mkdir -p "$SRUN_SAVES"\nexit "${SRUN_CODE:-0}"\n',
         )
         write_program(
             self.folder / "bin" / "scontrol",
-            '#!/bin/bash\n[ "$*" = "show hostnames n[3-4]" ] && printf "n3\\nn4\\n"\n',
+            '#!/bin/bash\nif [ "$1" = requeue ]; then echo "$2" >>"'
+            f'{self.folder}/requeued"; exit "${{REQUEUE_CODE:-0}}"; fi\n'
+            '[ "$*" = "show hostnames n[3-4]" ] && printf "n3\\nn4\\n"\n',
         )
 
     def launch(self, *arguments: str, launcher: str = B3, **variables: str) -> subprocess.CompletedProcess:
@@ -113,6 +90,7 @@ class FakeSlurm:
         job = {
             "PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}",
             "SLURM_JOB_ID": "123456",
+            "SLURM_JOB_NAME": "some-b3",
             "SLURM_JOB_NUM_NODES": "2",
             "SLURM_JOB_NODELIST": "n[3-4]",
             "SLURM_JOB_CPUS_PER_NODE": "16(x2)",
@@ -120,6 +98,17 @@ class FakeSlurm:
         }
         settings = job_environment(**job) | variables
         return subprocess.run(["bash", launcher, *arguments], env=settings, cwd=self.folder, capture_output=True, text=True)
+
+    @property
+    def requeued(self) -> list[str]:
+        """The jobs that SLURM was asked to start again."""
+        path = self.folder / "requeued"
+        return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+
+    @property
+    def notes(self) -> list[str]:
+        """What jobs left in their working folder."""
+        return [path.name for path in self.folder.glob(".slurm-*")]
 
     @property
     def arguments(self) -> list[str]:
@@ -147,12 +136,13 @@ def test_srun_gets_one_task_a_gpu_and_the_users_arguments_word_for_word(fake):
     assert fake.arguments == [
         "--ntasks=16", "--ntasks-per-node=8", "--cpus-per-task=2", "--gpus-per-node=8",
         "--export=ALL", "--kill-on-bad-exit=1", "/opt/my python", SCRIPT, "--ds_config", ZERO2, "--experiment", "b3",
-        "--set", "data.path=a folder/*", "--max_steps", "3",
+        "--set", "data.path=a folder/*", "--max_steps", "3", "--output_dir", "runs/b3",
     ]  # fmt: skip
     assert fake.variables == {
         "MASTER_ADDR": "n3", "MASTER_PORT": "23456", "OMP_NUM_THREADS": "2", "RANK": "", "SLURM_GPUS_PER_TASK": "",
-        "VIRTUAL_ENV": os.environ.get("VIRTUAL_ENV", ""),
+        "VIRTUAL_ENV": os.environ.get("VIRTUAL_ENV", ""), "SOME_CACHE_DIR": f"{fake.folder}/.cache/some",
     }  # fmt: skip
+    assert fake.notes == fake.requeued == []
     assert "job 123456: b3, 2 node(s) with 8 task(s) of 2 CPU(s), rendezvous at n3:23456" in result.stdout
 
 
@@ -192,8 +182,150 @@ def test_what_cannot_work_is_refused_in_one_line(fake, variables, named):
     assert not (fake.folder / "arguments").exists()
 
 
-def test_the_exit_code_of_srun_is_the_jobs(fake):
-    assert fake.launch(SRUN_CODE="7").returncode == 7
+def test_a_job_starts_itself_again_until_restarts_bring_no_new_checkpoint(fake):
+    saves = {name: str(fake.folder / "runs" / "b3" / "checkpoints" / name) for name in ("step_00000005", "step_00000010")}
+    attempts = [
+        {"SRUN_CODE": "75", "SRUN_SAVES": saves["step_00000005"]},  # stopped by a signal
+        {"SRUN_CODE": "143"},
+        {"SRUN_CODE": "1", "SRUN_SAVES": saves["step_00000010"]},
+        {"SRUN_CODE": "1"},
+        {"SRUN_CODE": "1", "SRUN_SAVES": saves["step_00000010"]},  # written again
+        {"SRUN_CODE": "1"},
+    ]
+    for number, attempt in enumerate(attempts):
+        restarts = {"SLURM_RESTART_COUNT": str(number)} if number else {}
+        result = fake.launch("--resume", "never", **restarts, **attempt, SOME_MAX_RESTARTS="2")
+        is_last = number == len(attempts) - 1
+        assert result.returncode == (1 if is_last else int(attempt["SRUN_CODE"])), result.stderr
+        assert fake.requeued == ["123456"] * (number + (not is_last))
+        expected = ["--resume", "never", "--output_dir", "runs/b3", *(["--resume", "auto"] if number else [])]
+        assert fake.arguments[-len(expected) :] == expected
+        assert fake.notes == ([] if is_last else [".slurm-some-b3-123456.attempts"])
+    assert "error: job 123456: 3 attempt(s) in a row began at checkpoint step_00000010" in result.stderr
+    # A new job of that number knows nothing of them.
+    assert fake.launch("--resume", "never", SRUN_CODE="1").returncode == 1
+    assert len(fake.requeued) == 6 and fake.arguments[-4:-2] == ["--resume", "never"]
+
+
+def test_attempts_that_end_without_a_word_count_too(fake):
+    (fake.folder / ".slurm-some-b3-123456.attempts").write_text("none none 4\n", encoding="utf-8")
+    result = fake.launch(SLURM_RESTART_COUNT="4")
+    assert result.returncode == 1 and "5 attempt(s) in a row began at checkpoint none" in result.stderr
+    assert not (fake.folder / "arguments").exists() and fake.notes == []
+
+
+@pytest.mark.parametrize(
+    ("srun", "code", "requeued"),
+    [
+        ({"SRUN_CODE": "0"}, 0, []),
+        ({"SRUN_CODE": "2"}, 2, []),
+        # Ranks that are ended with the one that refused have the higher code.
+        ({"SRUN_CODE": "143", "SRUN_REFUSED": "1"}, 2, []),
+        ({"SRUN_CODE": "7", "REQUEUE_CODE": "1"}, 7, ["123456"]),
+        ({"SRUN_CODE": "75", "SLURM_ARRAY_JOB_ID": "123456", "SLURM_ARRAY_TASK_ID": "3"}, 75, ["123456_3"]),
+    ],
+)
+def test_exit_codes_say_whether_the_job_starts_again(fake, srun, code, requeued):
+    assert fake.launch(**srun).returncode == code
+    assert fake.requeued == requeued
+    assert bool(fake.notes) == (code == 75)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "experiment", "run"),
+    [
+        (("--output_dir", "a b", "--max_steps", "1"), "b3", "a b"),
+        (("--output_dir=x", "--output_dir=y"), "b3", "y"),
+        ((), "configs/my.tiny.yaml", "runs/my.tiny"),
+    ],
+)
+def test_the_body_looks_for_checkpoints_where_the_trainer_writes_them(fake, arguments, experiment, run):
+    saved = {"SRUN_SAVES": str(fake.folder / run / "checkpoints" / "step_00000005"), "SRUN_CODE": "1"}
+    result = fake.launch(*arguments, SOME_EXPERIMENT=experiment, **saved)
+    assert fake.arguments[-2:] == ["--output_dir", run]
+    assert "ended with exit code 1 at checkpoint step_00000005; it starts again" in result.stdout
+
+
+def test_each_task_of_the_series_is_one_experiment(fake):
+    for task, experiment in enumerate(("a4", "b1", "b2", "b3")):
+        assert fake.launch("--max_steps", "1", launcher=SERIES, SLURM_ARRAY_TASK_ID=str(task)).returncode == 0
+        expected = ["--experiment", experiment, "--max_steps", "1", "--output_dir", f"runs/{experiment}"]
+        assert fake.arguments[-6:] == expected
+    for arguments, variables, named in [
+        ((), {"SLURM_ARRAY_TASK_ID": "4"}, "task 4 of the series does not exist; give --array=0-3"),
+        ((), {}, "task (no array) of the series does not exist"),
+        (("--output_dir=x",), {"SLURM_ARRAY_TASK_ID": "0"}, "--output_dir=x would be one for all runs"),
+        ((), {"SLURM_ARRAY_TASK_ID": "0", "SOME_EXPERIMENT": "x"}, "SOME_EXPERIMENT would be one for all runs"),
+    ]:
+        result = fake.launch(*arguments, launcher=SERIES, **variables)
+        assert result.returncode == 2 and result.stderr.startswith(f"error: {named}"), result.stderr
+
+
+def test_each_task_of_a_sweep_is_one_run_of_the_grid(fake):
+    python = write_program(fake.folder / "python", f'#!/bin/bash\nPYTHONPATH= exec "{sys.executable}" "$@"\n')
+    array = {"SLURM_ARRAY_TASK_ID": "4", "SLURM_ARRAY_TASK_MAX": "5", "SLURM_ARRAY_TASK_COUNT": "6"}
+    sweep = [*GRID, "--set", "data.path=a b", "--max_steps", "3"]
+    assert fake.launch(*sweep, launcher=SWEEP, SOME_PYTHON=str(python), **array).returncode == 0
+    assert fake.arguments[fake.arguments.index("--experiment") + 1 :] == [
+        "a4", "--set", "data.path=a b", "--set", "train.learning_rate=6e-4", "--set", "seed=1", "--max_steps", "3",
+        "--output_dir", "runs/sweep/a4/train.learning_rate=6e-4,seed=1",
+        "--output_dir", "runs/sweep/a4/train.learning_rate=6e-4,seed=1",
+    ]  # fmt: skip
+
+
+def test_a_grid_is_listed_with_the_command_that_submits_it(capsys):
+    grid.main([*GRID, "--set", "data.path=a b"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split() == ["1", "runs/sweep/a4/train.learning_rate=3e-4,seed=1"]
+    assert len(lines) == 7 and lines[6] == (
+        "6 runs: sbatch --array=0-5 slurm/sweep.sh a4 --grid train.learning_rate=3e-4,6e-4 --grid seed=0,1,2 "
+        "--set 'data.path=a b'"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["a4", "--grid", "seed"], "--grid seed: write it as key=value,value"),
+        (["a4", "--grid", "seed=0,,1"], "--grid seed=0,,1: write it as key=value,value"),
+        (["a4", "--grid", "seed=0,0"], "two runs would go to runs/sweep/a4/seed=0"),
+        (["a4", "--grid", "seed=0", "--set", "seed=1"], "seed is given twice"),
+        (["a4", "--grid", "sede=0,1"], "sede: unknown key; did you mean seed?"),
+        (["a5", "--grid", "seed=0,1"], "--experiment a5: unknown"),
+        (["a4", "--grid", "seed=0,1", "--task"], "not a task of a job array; submit with sbatch --array=0-1"),
+    ],
+)
+def test_a_grid_that_cannot_work_is_refused_in_one_line(capsys, monkeypatch, arguments, named):
+    monkeypatch.delenv("SLURM_ARRAY_TASK_ID", raising=False)
+    with pytest.raises(SystemExit) as ended:
+        grid.main(arguments)
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and named in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("runs", "is_part", "extra", "error"),
+    [
+        (6, True, {}, None),
+        (
+            6,
+            False,
+            {},
+            "--array has 2 tasks up to 3 and the grid 6 runs; submit with --array=0-5, or a part of it and --part",
+        ),
+        (3, True, {}, "--array has 2 tasks up to 3 and the grid 3 runs; submit with --array=0-2"),
+        (6, True, {"SOME_EXPERIMENT": "x"}, "SOME_EXPERIMENT = x would replace the grid's experiment; unset it"),
+    ],
+)
+def test_an_array_must_fit_the_grid(runs, is_part, extra, error):
+    array = {"SLURM_ARRAY_TASK_ID": "2", "SLURM_ARRAY_TASK_MAX": "3", "SLURM_ARRAY_TASK_COUNT": "2"} | extra
+    if error is None:
+        assert grid.array_task(array, runs, is_part) == 2
+    else:
+        with pytest.raises(ValueError) as refused:
+            grid.array_task(array, runs, is_part)
+        assert str(refused.value).endswith(error)
 
 
 def test_variables_replace_experiment_configuration_threads_and_home(fake):
@@ -202,7 +334,8 @@ def test_variables_replace_experiment_configuration_threads_and_home(fake):
         OMP_NUM_THREADS="5",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    assert fake.arguments[-5:] == [SCRIPT, "--ds_config", "my.json", "--experiment", "my.yaml"]
+    expected = [SCRIPT, "--ds_config", "my.json", "--experiment", "my.yaml", "--output_dir", "runs/my"]
+    assert fake.arguments[-7:] == expected
     assert fake.variables["OMP_NUM_THREADS"] == "5"
 
 
@@ -218,130 +351,3 @@ def test_the_repositorys_environment_is_used_unless_a_python_is_given(tmp_path):
     assert fake.launch(SOME_PYTHON=sys.executable).returncode == 0
     assert fake.variables["VIRTUAL_ENV"] != "ours"
     assert sys.executable in fake.arguments
-
-
-# On a cluster
-
-
-@dataclass
-class Cluster:
-    """Two emulated nodes with 4 CPUs and 2 fake GPUs each."""
-
-    sandbox: Path
-    variables: dict[str, str]
-
-    def __call__(self, *command: str, cwd: Path = REPOSITORY, **variables: str) -> str:
-        """The output of a command that must succeed, `run sbatch ...` for example."""
-        result = subprocess.run(
-            [self.sandbox, *command],
-            env=job_environment(**self.variables) | variables,
-            cwd=cwd,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=300,
-        )
-        assert result.returncode == 0, f"{command}\n{result.stdout}"
-        return result.stdout
-
-    def submit(self, *arguments: str, cwd: Path, **variables: str) -> str:
-        """The id of a new job."""
-        return self("run", "sbatch", "--parsable", *arguments, cwd=cwd, **variables).strip()
-
-    def wait(self, job: str, seconds: int = 240) -> str:
-        """How a job ended, as `JobState=... ExitCode=...`."""
-        command = [self.sandbox, "wait", job, str(seconds)]
-        said = subprocess.run(command, env=job_environment(**self.variables), capture_output=True, text=True).stdout
-        fields = dict(field.split("=", 1) for field in said.split() if "=" in field)
-        return f"JobState={fields.get('JobState')} ExitCode={fields.get('ExitCode')}"
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
-    shared = Path(os.environ.get("SOME_SHARED_DIR") or REPOSITORY.parent / "shared")
-    sandbox = shared / "slurm-sandbox.sh"
-    if not sandbox.exists():
-        pytest.skip(f"no {sandbox}: set SOME_SHARED_DIR to the folder with slurm-sandbox.sh")
-    if os.geteuid() != 0:
-        pytest.skip("slurm-sandbox.sh needs root")
-    # Not a folder of pytest: munged wants parents that others may enter, and sockets want short paths.
-    folder, pid = tempfile.mkdtemp(prefix="some-slurm-"), os.getpid()
-    variables = {
-        "SLURMBOX_DIR": folder,
-        "SLURMBOX_NAME": f"t{pid % 1_000_000}",
-        "SLURMBOX_SUBNET": f"10.{200 + pid % 50}.{pid // 50 % 250}",
-        "SLURMBOX_PORT": str(free_port()),
-        "SLURMBOX_CPUS": "4",
-        "SLURMBOX_GPUS": "2",
-    }
-    cluster = Cluster(sandbox, variables)
-    try:
-        cluster("up", "2")
-        yield cluster
-    finally:
-        cluster("down")
-        shutil.rmtree(folder)
-
-
-@pytest.mark.parametrize(("name", "nodes"), LAUNCHERS.items())
-def test_sbatch_accepts_a_launcher(cluster, name, nodes):
-    answer = cluster("run", "sbatch", "--test-only", f"slurm/{name}")
-    assert re.search(rf"to start at .* on nodes node{re.escape('[0-1]' if nodes == 2 else '0')} ", answer), answer
-
-
-@pytest.mark.parametrize(
-    ("options", "ranks", "gpus", "threads"),
-    [
-        ((), 2, "none", 1),
-        (("--gpus-per-node=2", "--cpus-per-gpu=1"), 4, "0,1", 1),
-        (("--exclusive",), 4, "0,1", 2),
-        (("--exclusive", "--gpus-per-node=1"), 2, "0", 4),
-        (("--ntasks=4", "--gpus-per-task=1"), 4, "0,1", 1),
-        (("--ntasks-per-node=2", "--gpus-per-node=2", "--cpus-per-task=2"), 4, "0,1", 2),
-    ],
-)
-def test_every_task_sees_all_gpus_of_the_job_on_its_node(cluster, tmp_path, options, ranks, gpus, threads):
-    show = "echo task $SLURM_PROCID/$SLURM_NTASKS local $SLURM_LOCALID on $(hostname) sees ${CUDA_VISIBLE_DEVICES:-none}"
-    python = write_program(tmp_path / "python", f"#!/bin/bash\n{show} with $OMP_NUM_THREADS threads\n")
-    output = tmp_path / "out.txt"
-    job = cluster.submit(*options, f"--output={output}", B3, cwd=REPOSITORY, SOME_PYTHON=str(python))
-    assert cluster.wait(job) == "JobState=COMPLETED ExitCode=0:0", output.read_text(encoding="utf-8")
-    per_node = ranks // 2
-    assert sorted(line for line in output.read_text(encoding="utf-8").splitlines() if line.startswith("task")) == [
-        f"task {r}/{ranks} local {r % per_node} on node{r // per_node} sees {gpus} with {threads} threads"
-        for r in range(ranks)
-    ]
-
-
-def test_two_nodes_train_what_one_process_trains(cluster, tmp_path):
-    for name in ("job", "plain"):
-        settings = TINY | {"data": TINY["data"] | {"cache_dir": str(tmp_path / name / "cache")}}
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "tiny.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
-    job = cluster.submit(
-        "-N2", B3, "--set", "parallel.ep_size=2", cwd=tmp_path / "job",
-        SOME_HOME=str(REPOSITORY), SOME_PYTHON=sys.executable, SOME_EXPERIMENT="tiny.yaml", SOME_DS_CONFIG=FP32,
-        OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="",
-    )  # fmt: skip
-    plain = tmp_path / "plain" / "run"
-    succeed("--ds_config", FP32, "--experiment", str(tmp_path / "plain" / "tiny.yaml"), "--output_dir", str(plain))
-
-    ending = cluster.wait(job)
-    output = (tmp_path / "job" / f"slurm-some-b3-{job}.out").read_text(encoding="utf-8")
-    assert ending == "JobState=COMPLETED ExitCode=0:0", output
-    run = tmp_path / "job" / "runs" / "tiny"
-    [start] = records(run, "start")
-    assert (start["world_size"], start["ep_size"]) == (2, 2)
-    assert len(losses(run)) == TINY["train"]["steps"]
-    assert losses(run)[:3] == pytest.approx(losses(plain)[:3], rel=2e-6)
-
-
-def test_a_refused_setting_fails_the_job_and_says_why_once(cluster, tmp_path):
-    job = cluster.submit(
-        B3, "--set", "model.some.top_k=0", cwd=tmp_path, SOME_HOME=str(REPOSITORY), SOME_PYTHON=sys.executable
-    )
-    assert cluster.wait(job).startswith("JobState=FAILED ")
-    output = (tmp_path / f"slurm-some-b3-{job}.out").read_text(encoding="utf-8")
-    [error] = [line for line in output.splitlines() if line.startswith("error: ")]
-    assert "top_k = 0" in error
-    assert "Traceback" not in output

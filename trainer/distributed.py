@@ -1,11 +1,14 @@
 """Ranks: who we are under any launcher, the process group, and how a global batch is laid out over the ranks."""
 
+import ipaddress
 import os
+import socket
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from datetime import timedelta
 
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -169,8 +172,32 @@ def choose_device(launch: Launch) -> torch.device:
     return torch.device("cpu")
 
 
+def choose_interface(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Name gloo's interface where the host's own name leads to itself only, as Debian sets it up (127.0.1.1).
+
+    Gloo listens at the address of that name, where ranks of other nodes cannot reach it. The address for them is the one
+    with which this host would call the node that srun runs on; SLURM names that.
+    """
+    launcher = environment.get("SLURM_LAUNCH_NODE_IPADDR")
+    if launcher is None or "GLOO_SOCKET_IFNAME" in environment:
+        return
+    try:
+        if not ipaddress.ip_address(socket.gethostbyname(socket.gethostname())).is_loopback:
+            return
+    except OSError:
+        pass  # a name that nobody knows is of no more use
+    family, *_, target = socket.getaddrinfo(launcher, 9, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect(target)  # chooses the way and sends nothing
+        own = probe.getsockname()[0]
+    for name, addresses in psutil.net_if_addrs().items():
+        if own in (address.address for address in addresses):
+            environment["GLOO_SOCKET_IFNAME"] = name
+
+
 def init_process_group(device: torch.device, timeout_minutes: float) -> None:
     """Form the world: NCCL on GPUs, gloo on CPUs."""
+    choose_interface()
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         timeout=timedelta(minutes=timeout_minutes + EXTRA_MINUTES),

@@ -391,6 +391,9 @@ def end(error: Exception, launch: Launch, code: int) -> NoReturn:
     if launch.rank != 0:
         signal.sigtimedwait([signal.SIGTERM], SECONDS_TO_WAIT_FOR_RANK_0)
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    if code == REFUSED and "SOME_REFUSED_FILE" in os.environ:
+        # slurm/body.sh cannot rely on srun's exit code, which is the highest of all ranks', those that it killed included.
+        Path(os.environ["SOME_REFUSED_FILE"]).touch()
     sys.exit(code)
 
 

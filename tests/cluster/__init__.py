@@ -1,0 +1,1 @@
+"""A real SLURM of several nodes on one Debian machine; `python -m tests.cluster` plays with it."""
