@@ -23,6 +23,7 @@ from modeling.some.balance import plan
 from modeling.some.placement import Placement
 from trainer.checkpoint import KEYS, newest_checkpoint, read_state
 from trainer.config import experiment_from_dict
+from trainer.text import error_line
 
 GIB = 2**30
 RANKS = (2, 4, 8)
@@ -43,7 +44,7 @@ def main() -> None:
     try:
         figures = measure(arguments.checkpoint, arguments.ranks, _replicas(arguments.replicas))
     except ValueError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(error_line(error), file=sys.stderr)
         sys.exit(2)
     print(json.dumps(figures, indent=1) if arguments.json else table(figures))
 
