@@ -9,6 +9,7 @@ Everything that can be refused is refused before the process group forms.
 """
 
 import argparse
+import difflib
 import math
 import os
 import signal
@@ -38,7 +39,7 @@ from trainer.checkpoint import (
     read_state,
 )
 from trainer.config import Experiment, experiment_names, load_experiment
-from trainer.console import Console
+from trainer.console import Console, say
 from trainer.data import Dataset, TrainOrder, check_source, open_data, prepare_data
 from trainer.distributed import (
     Launch,
@@ -51,13 +52,14 @@ from trainer.distributed import (
     init_process_group,
 )
 from trainer.ds_config import is_bf16, load_ds_config
-from trainer.engine import Engine, check_zero_section
+from trainer.engine import Engine, check_ds_config
 from trainer.generate import generate
 from trainer.loop import Trainer
 from trainer.metrics import RunLog
-from trainer.plan import Deployment, Sharding, describe, most_replicas
+from trainer.plan import Deployment, Sharding, check_expert_size, check_memory, describe, most_replicas
 from trainer.published import published_ids, published_results
-from trainer.runfolder import set_aside, write_config
+from trainer.runfolder import check_writable, set_aside, write_config
+from trainer.text import error_line
 
 EXIT_REFUSED = 2
 SECONDS_TO_WAIT_FOR_RANK_0 = 60
@@ -65,32 +67,60 @@ SECONDS_TO_WAIT_FOR_RANK_0 = 60
 
 def main() -> None:
     """The command line."""
-    arguments = parse_arguments()
+    # Text that the terminal's encoding lacks must not end a run that only wanted to print it.
+    sys.stdout.reconfigure(errors="backslashreplace")
     launch = Launch(rank=0, world_size=1, local_rank=0, local_world_size=1)
     try:
+        launch = Launch.from_environment()
+        arguments = parse_arguments()
         if arguments.list:
             print_experiments()
             return
-        launch = Launch.from_environment()
         run(arguments, launch)
     except ValueError as error:
         refuse(error, launch)
 
 
+class Parser(argparse.ArgumentParser):
+    """Refuses in one line, without the usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises ValueError."""
+        flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
+        close = [near for word in message.split() for near in difflib.get_close_matches(word, flags, n=1, cutoff=0.7)]
+        hint = f"did you mean {close[0]}? " if close and close[0] not in message else ""
+        raise ValueError(f"{message}; {hint}see --help")
+
+
+def _not_empty(text: str) -> str:
+    """What a shell makes of a variable that is not set."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty")
+    return text
+
+
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The flags; everything else is a key of the experiment, changed with --set."""
-    parser = argparse.ArgumentParser(prog="trainer/run.py", description="Train a SoME language model.", allow_abbrev=False)
+    """The flags; everything else is a key of the experiment, changed with --set.
+
+    Raises:
+        ValueError: unknown flag, or a value that a flag cannot have.
+    """
+    parser = Parser(prog="trainer/run.py", description="Train a SoME language model.", allow_abbrev=False)
     parser.add_argument(
         "--ds_config",
+        type=_not_empty,
         default=str(REPOSITORY / "ds_configs" / "zero2.json"),
         metavar="FILE",
         help="DeepSpeed JSON: precision and ZeRO stage (default: ds_configs/zero2.json)",
     )
-    parser.add_argument("--experiment", default="quickstart", metavar="NAME|FILE.yaml", help="what to train; see --list")
+    parser.add_argument(
+        "--experiment", type=_not_empty, default="quickstart", metavar="NAME|FILE.yaml", help="what to train; see --list"
+    )
     parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="change one key of the experiment")
-    parser.add_argument("--output_dir", metavar="DIR", help="the run's folder (default: runs/<experiment>)")
+    parser.add_argument("--output_dir", type=_not_empty, metavar="DIR", help="the run's folder (default: runs/<experiment>)")
     parser.add_argument(
         "--resume",
+        type=_not_empty,
         default="auto",
         metavar="auto|never|DIR",
         help="auto: continue the run in output_dir; never: start anew and move an old run aside",
@@ -118,19 +148,18 @@ class Job:
     saved: RunState | None
     """The state in `checkpoint`."""
 
-    def complete(self, data_folder: Path) -> Dataset:
-        """Open the data, and take from it the length of the run and the identity of the data.
+    def complete(self, dataset: Dataset) -> None:
+        """Take from the data the length of the run and the identity of the data.
 
         Raises:
             ValueError: a training split smaller than one batch, or other data than the checkpoint's.
         """
-        dataset, train = open_data(data_folder), self.experiment.train
+        train = self.experiment.train
         order = train_order(self.experiment, dataset)
         self.state.total_steps = train.steps or math.ceil(train.epochs * order.steps_per_epoch)
         self.state.data_fingerprint, self.state.tokenizer_hash = dataset.fingerprint, dataset.tokenizer_hash
         if self.saved is not None:
             check_resumable(self.checkpoint, self.saved, self.state)
-        return dataset
 
 
 def run(arguments: argparse.Namespace, launch: Launch) -> None:
@@ -142,10 +171,12 @@ def run(arguments: argparse.Namespace, launch: Launch) -> None:
         return
     launch.export()
     check_gpus(launch)
-    check_zero_section(arguments.ds_config, job.ds_config)
+    check_memory(job.experiment, deployment(job))
+    check_ds_config(arguments.ds_config, job.ds_config)
     check_source(job.experiment.data)
     if is_done(job, arguments.max_steps):
         return
+    check_writable(job.output_dir)
     # Rank 0 prepares folder and data while the others wait for it at the rendezvous, so what it refuses is refused here.
     data_folder = prepare_folder_and_data(job) if launch.rank == 0 else None
 
@@ -169,6 +200,7 @@ def decide(arguments: argparse.Namespace, launch: Launch) -> Job:
     if arguments.max_steps is not None and arguments.max_steps < 1:
         raise ValueError(f"--max_steps {arguments.max_steps}: must be at least 1")
     model = experiment.model
+    check_expert_size(model)
     state = RunState(
         step=0,
         tokens=0,
@@ -180,7 +212,11 @@ def decide(arguments: argparse.Namespace, launch: Launch) -> Job:
         tokenizer_hash="",
     )
     output_dir = Path(arguments.output_dir or Path("runs") / experiment.name)
-    checkpoint = find_checkpoint(arguments.resume, output_dir)
+    try:
+        checkpoint = find_checkpoint(arguments.resume, output_dir)
+    except OSError as error:
+        where = output_dir if arguments.resume == "auto" else f"{output_dir} --resume {arguments.resume}"
+        raise ValueError(f"--output_dir {where}: cannot be read ({error.strerror}); choose another") from None
     saved = None if checkpoint is None else read_state(checkpoint)
     if saved is not None:
         check_resumable(checkpoint, saved, state)
@@ -214,23 +250,24 @@ def is_done(job: Job, max_steps: int | None) -> bool:
         what = "is finished" if saved.step >= saved.total_steps else f"has reached --max_steps {max_steps}"
         loss = "" if saved.val_loss is None else f" with validation loss {saved.val_loss:.4f} nats/token"
         cure = "start anew with --resume never, or give another --output_dir"
-        print(f"{job.checkpoint.parent.parent} {what} at step {saved.step}{loss}; {cure}")
+        say(f"{job.checkpoint.parent.parent} {what} at step {saved.step}{loss}; {cure}")
     return True
 
 
 def prepare_folder_and_data(job: Job) -> Path:
     """The run's folder, and the tokenised data's; rank 0 only."""
     model = job.experiment.model
-    data_folder = prepare_data(job.experiment.data, model.vocab_size, model.max_seq_len, job.experiment.seed)
-    dataset = job.complete(data_folder)
+    experiment = job.experiment
+    data_folder = prepare_data(experiment.data, model.vocab_size, model.max_seq_len, experiment.seed, job.complete)
     continues = job.checkpoint is not None and job.output_dir.resolve() in job.checkpoint.resolve().parents
     try:
         aside = None if continues else set_aside(job.output_dir)
-        write_config(job.output_dir, job.experiment, job.launch, job.layout, job.ds_config, dataset.summary)
+        summary = open_data(data_folder).summary
+        write_config(job.output_dir, experiment, job.launch, job.layout, job.ds_config, summary)
     except OSError as error:
         raise ValueError(f"--output_dir {job.output_dir}: cannot be written ({error.strerror}); choose another") from None
     if aside is not None:
-        print(f"the earlier run was moved to {aside}", flush=True)
+        say(f"the earlier run was moved to {aside}")
     return data_folder
 
 
@@ -238,7 +275,8 @@ def prepare_trainer(job: Job, data_folder: Path, device: torch.device) -> Traine
     """Model, engine, data and log of this rank, with the checkpoint loaded if there is one."""
     began, is_first, experiment = time.perf_counter(), job.launch.rank == 0, job.experiment
     set_numerics(experiment.train.deterministic)
-    dataset = job.complete(data_folder)
+    dataset = open_data(data_folder)
+    job.complete(dataset)
     pool_dtype = torch.bfloat16 if is_bf16(job.ds_config) else torch.float32
     ep_group = expert_parallel_group(job.layout.ep_size, experiment.parallel.timeout_minutes)
     chunks = experiment.parallel.chunks
@@ -333,7 +371,7 @@ def refuse(error: ValueError, launch: Launch) -> NoReturn:
     """One line and exit code 2. Rank 0 speaks for all; the others wait to be ended with it, and speak up if they are not."""
     if launch.rank != 0:
         signal.sigtimedwait([signal.SIGTERM], SECONDS_TO_WAIT_FOR_RANK_0)
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    print(error_line(error), file=sys.stderr, flush=True)
     sys.exit(EXIT_REFUSED)
 
 
