@@ -32,6 +32,7 @@ from trainer.config import Experiment, experiment_from_dict
 from trainer.data import check_source, open_data, prepare_data
 from trainer.plan import GIB, expert_bytes
 from trainer.resume import checkpoint_at
+from trainer.text import error_line
 
 RANKS = (2, 4, 8)
 
@@ -61,7 +62,7 @@ def main() -> None:
                 arguments.data_path,
             )
     except (ValueError, BenchmarkFailed) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(error_line(error), file=sys.stderr)
         sys.exit(EXIT_REFUSED if isinstance(error, ValueError) else EXIT_FAILED)
     except KeyboardInterrupt:
         sys.exit(EXIT_STOPPED)

@@ -26,6 +26,7 @@ from tools.bench_layer import DTYPES, bench_layer, bench_update
 from tools.bench_table import BenchmarkFailed, Table, machine
 from tools.bench_training import bench_memory, bench_startup, bench_step
 from tools.runs import EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED, stop_on_signals
+from trainer.text import error_line
 
 DEFAULT = ("layer", "update")
 
@@ -75,7 +76,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def fail(error: Exception, code: int) -> NoReturn:
     """One line and the exit code."""
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    print(error_line(error), file=sys.stderr, flush=True)
     sys.exit(code)
 
 

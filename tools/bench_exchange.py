@@ -245,7 +245,5 @@ def _step(layer: SoMELayer, ledger: Ledger, x_1TD: torch.Tensor, grad_1TD: torch
 def _copies_to_others(layer: SoMELayer, x_1TD: torch.Tensor) -> int:
     """How many (token, other rank) pairs there are where the rank has any of the token's experts."""
     expert_ids_TK = layer(x_1TD)[1].expert_ids_TK
-    shards: list[list[int] | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(shards, layer.pool.expert_ids)
-    others = [shard for rank, shard in enumerate(shards) if rank != dist.get_rank()]
+    others = [shard for rank, shard in enumerate(layer.placement.expert_ids_P) if rank != dist.get_rank()]
     return sum(int(torch.isin(expert_ids_TK, torch.tensor(shard)).any(-1).sum()) for shard in others)

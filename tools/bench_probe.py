@@ -31,7 +31,7 @@ from trainer.metrics import RunLog
 
 PARTS = {
     "decide": "experiment and pool manifest",
-    "check_zero_section": "import of DeepSpeed",
+    "check_ds_config": "import of DeepSpeed",
     "prepare_folder_and_data": "data",
     "init_process_group": "process group",
     "set_numerics": "deterministic kernels",

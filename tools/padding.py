@@ -17,6 +17,7 @@ if __name__ == "__main__":
     sys.path[0] = str(REPOSITORY)
 
 from tools.runs import Run, read_run
+from trainer.text import error_line
 
 
 def main() -> None:
@@ -28,7 +29,7 @@ def main() -> None:
     try:
         figures = measure(arguments.run)
     except ValueError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(error_line(error), file=sys.stderr)
         sys.exit(2)
     print(table(figures))
     if arguments.json is not None:

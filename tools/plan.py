@@ -26,6 +26,7 @@ from trainer.distributed import Launch, Layout
 from trainer.ds_config import load_ds_config
 from trainer.plan import GIB, Sharding, parts
 from trainer.storage import write_text_atomically
+from trainer.text import error_line
 from trainer.usage import read_usage
 
 MACHINES = Path(__file__).parent / "machines.yaml"
@@ -66,7 +67,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         code = plan(parse_arguments(arguments))
     except ValueError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        print(error_line(error), file=sys.stderr, flush=True)
         code = EXIT_REFUSED
     sys.exit(code)
 

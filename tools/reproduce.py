@@ -30,6 +30,7 @@ from trainer.controls import CONTROLS
 from trainer.distributed import Launch, Layout
 from trainer.ds_config import is_bf16, load_ds_config
 from trainer.storage import write_text_atomically
+from trainer.text import error_line
 
 SMALL_STEPS = 40
 
@@ -82,7 +83,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         code = reproduce(parse_arguments(arguments))
     except ValueError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        print(error_line(error), file=sys.stderr, flush=True)
         code = EXIT_REFUSED
     sys.exit(code)
 

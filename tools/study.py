@@ -21,12 +21,11 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
     sys.path[0] = str(REPOSITORY)
 
-import yaml
-
 from tools.results import changed_settings
 from tools.runs import EXIT_FAILED, EXIT_REFUSED, Run, command, read_run, start, stop_all, stop_on_signals
 from trainer.config import load_experiment
 from trainer.ds_config import is_bf16
+from trainer.text import error_line, read_yaml
 
 # Two-sided 95 % quantiles of Student's t by degrees of freedom (any statistics textbook).
 T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
@@ -48,11 +47,11 @@ class Study:
         """Raises:
         ValueError: a file that cannot be read, or a group that names an unknown variant.
         """
+        values = read_yaml(path, f"--study {path}")
         try:
-            values = yaml.safe_load(path.read_text(encoding="utf-8"))
             study = Study(values["experiment"], dict(values["variants"]), values["groups"])
             named = [(g["title"], g["question"], name) for g in study.groups for name in [g["baseline"], *g["variants"]]]
-        except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"--study {path}: needs experiment, variants and groups of title, question, baseline and variants "
                 f"({type(error).__name__}: {error}); see tools/study.yaml"
@@ -72,7 +71,7 @@ def main() -> None:
     try:
         code = run(parse_arguments())
     except ValueError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(error_line(error), file=sys.stderr)
         code = EXIT_REFUSED
     sys.exit(code)
 

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from trainer.plan import GIB, Sent
+from trainer.text import read_yaml
 
 DEVICES = ("cuda", "cpu")
 SHARES = ("share_by_rows", "expert_share_by_rows")
@@ -112,25 +111,13 @@ def read_machine(name: str, presets: Path) -> Machine:
         ValueError: unknown name (with the nearest), file that cannot be read, or a field that is missing, unknown or wrong.
     """
     if name.endswith((".yaml", ".yml")):
-        return _machine(_read(Path(name), name), name)
-    known = _read(presets, presets.name)
+        return _machine(read_yaml(Path(name), f"--machine {name}"), name)
+    known = read_yaml(presets, f"--machine {presets.name}")
     if name not in known:
         close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
         hint = f"did you mean {close[0]}? " if close else ""
         raise ValueError(f"--machine {name}: unknown; {hint}known: {', '.join(known)}; a YAML file's path also works")
     return _machine(known[name], name)
-
-
-def _read(path: Path, name: str) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"--machine {name}: cannot be read ({error.strerror}); give an existing file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"--machine {name}: is not valid YAML ({' '.join(str(error).split())}); mend the file") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"--machine {name}: holds {type(values).__name__}, not keys and values; see tools/machines.yaml")
-    return values
 
 
 def _machine(values: dict[str, Any], name: str) -> Machine:

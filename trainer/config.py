@@ -6,13 +6,13 @@ Every mistake is a `ValueError` of one line that names the key, the value and th
 import dataclasses
 import difflib
 import math
+import os
+import re
 import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from modeling.config import ModelConfig
 from modeling.key_rules import RULE_PRESETS, KeyRules
@@ -20,8 +20,11 @@ from trainer.controls import apply_control
 from trainer.data.config import DataConfig
 from trainer.faults import FaultsConfig
 from trainer.published import merge, published_experiment, published_ids
+from trainer.text import parse_yaml, read_yaml, shown
 
 EXPERIMENTS_DIR = Path(__file__).parent / "experiments"
+MOST_EPOCHS = 1_000_000
+MOST_MINUTES = 525_600  # a year
 
 
 def _positive(key: str, value: float) -> None:
@@ -88,6 +91,8 @@ class TrainConfig:
             "epsilon",
         ):
             _positive(f"train.{name}", getattr(self, name))
+        if self.epochs > MOST_EPOCHS:
+            raise ValueError(f"train.epochs = {self.epochs} must be at most {MOST_EPOCHS:,}")
         if isinstance(self.eval_every, str) and self.eval_every != "epoch":
             raise ValueError(f"train.eval_every = {self.eval_every!r} must be a number of steps or epoch")
         for name in ("eval_every", "temperature_end"):
@@ -153,6 +158,8 @@ class ParallelConfig:
             raise ValueError(f"parallel.replan_every = {self.replan_every} must be a number of steps, or 0 for never")
         _positive("parallel.check_every", self.check_every)
         _positive("parallel.timeout_minutes", self.timeout_minutes)
+        if self.timeout_minutes > MOST_MINUTES:
+            raise ValueError(f"parallel.timeout_minutes = {self.timeout_minutes} must be at most {MOST_MINUTES:,}, a year")
 
 
 @dataclass(frozen=True)
@@ -210,7 +217,7 @@ class Experiment:
     """Everything that decides a run's numbers, and how it is run."""
 
     name: str = "quickstart"
-    """Names the default output folder."""
+    """Names the default output folder: letters, digits and ` _ . + -`, the first a letter, a digit or `_`."""
     seed: int = 0
     """Decides every random number: weights, experts, keys, data order."""
     control: str | None = None
@@ -233,6 +240,9 @@ class Experiment:
     """What goes wrong on purpose, for tests."""
 
     def __post_init__(self) -> None:
+        # The name of a folder in runs/, and of nothing outside.
+        if not re.fullmatch(r"\w[\w.+ -]{0,99}", self.name):
+            raise ValueError(f"name = {shown(self.name)} cannot name a folder; write up to 100 letters, digits and _ . + -")
         object.__setattr__(self, "model", apply_control(self.model, self.control))
         if not self.model.causal and not self.data.count_padding:
             raise ValueError(
@@ -259,7 +269,7 @@ def load_experiment(name: str = "quickstart", overrides: list[str] | None = None
     values = _read_experiment(name)
     for override in overrides or []:
         key, separator, text = override.partition("=")
-        if not separator:
+        if not separator or not all(key.strip().split(".")):
             raise ValueError(f"--set {override}: write it as key=value, for example --set train.batch_size=64")
         _set_path(values, key.strip(), _parse_scalar(key, text))
     return experiment_from_dict(values)
@@ -274,38 +284,47 @@ def experiment_from_dict(values: dict) -> Experiment:
     return _build(Experiment, values, "")
 
 
-def _read_experiment(name: str, seen: tuple[str, ...] = ()) -> dict:
-    """The YAML's values on top of those of its `base`."""
-    shipped = EXPERIMENTS_DIR / f"{name}.yaml"
-    is_path = name.endswith((".yaml", ".yml"))
-    if name in published_ids():
-        return published_experiment(name)
-    if not is_path and not shipped.exists():
+def _read_experiment(name: str) -> dict:
+    """The values of a shipped experiment or of a YAML file."""
+    if name in experiment_names():
+        return _shipped(name)
+    if not name.endswith((".yaml", ".yml")):
         raise ValueError(f"--experiment {name}: unknown; {_nearest(name, experiment_names())}a YAML file's path also works")
-    path = Path(name) if is_path else shipped
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"--experiment {name}: cannot be read ({error.strerror}); give an existing file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"--experiment {name}: is not valid YAML ({reason}); mend the file") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"--experiment {name}: holds {type(values).__name__}, not keys and values; see trainer/experiments")
+    return _read_file(Path(name))
+
+
+def _shipped(name: str) -> dict:
+    return published_experiment(name) if name in published_ids() else _read_file(EXPERIMENTS_DIR / f"{name}.yaml")
+
+
+def _read_file(path: Path, above: tuple[str, ...] = ()) -> dict:
+    """The YAML's values on top of those of its `base`; `above` are the files that are built on it."""
+    values = read_yaml(path, f"--experiment {path}")
     values.pop("run", None)  # a run's config.yaml is an experiment too; how it was run is not part of it
     base = values.pop("base", None)
     if base is None:
         return values
-    if not isinstance(base, str) or base in seen:
-        raise ValueError(f"base = {base!r} in {name}: must name another experiment, and not one that is built on this one")
-    return merge(_read_experiment(base, (*seen, name)), values)
+    if base in experiment_names():
+        return merge(_shipped(base), values)
+    # A file may come from someone else. Only the command line reaches everywhere.
+    folder, here = os.path.realpath(path.parent), os.path.realpath(path)
+    is_file = isinstance(base, str) and base.isprintable() and base.endswith((".yaml", ".yml"))
+    below = os.path.realpath(path.parent / base) if is_file else ""
+    if not is_file or not Path(below).is_relative_to(folder):
+        raise ValueError(
+            f"base = {shown(base)} in {path}: is no experiment, and no YAML file beside or below the one that names it; "
+            f"{_nearest(str(base), experiment_names())}files from elsewhere must be copied there"
+        )
+    if below in (here, *above):
+        raise ValueError(f"base = {shown(base)} in {path}: is built on this file; name another experiment")
+    return merge(_read_file(path.parent / base, (*above, here)), values)
 
 
 def _parse_scalar(key: str, text: str) -> Any:
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ValueError(f"--set {key}={text}: the value is not valid YAML; quote it") from None
+        return parse_yaml(text)
+    except ValueError as error:
+        raise ValueError(f"--set {key}={text}: the value is not valid YAML ({error}); quote it") from None
 
 
 def _set_path(values: dict, path: str, value: Any) -> None:
@@ -325,18 +344,19 @@ def _nearest(word: str, known: list[str]) -> str:
 def _build(cls: type, values: Any, prefix: str) -> Any:
     """An instance of dataclass `cls` from a dict, with every key and type checked."""
     if not isinstance(values, dict):
-        raise ValueError(f"{prefix.rstrip('.')} = {values!r}: expected keys and values, see trainer/experiments")
+        raise ValueError(f"{prefix.rstrip('.')} = {shown(values)}: expected keys and values, see trainer/experiments")
     if cls is KeyRules and "preset" in values:
         values = dict(values)
         preset = values.pop("preset")
         if not isinstance(preset, str) or preset not in RULE_PRESETS:
-            raise ValueError(f"{prefix}preset = {preset!r} is unknown; known: {', '.join(RULE_PRESETS)}")
+            raise ValueError(f"{prefix}preset = {shown(preset)} is unknown; known: {', '.join(RULE_PRESETS)}")
         values = {**RULE_PRESETS[preset], **values}
     hints = typing.get_type_hints(cls)
     known = [f.name for f in dataclasses.fields(cls)]
     for key in values:
         if key not in known:
-            raise ValueError(f"{prefix}{key}: unknown key; {_nearest(str(key), known)}".rstrip("; ").strip())
+            name = key if isinstance(key, str) else shown(key)
+            raise ValueError(f"{prefix}{name}: unknown key; {_nearest(name, known)}".rstrip("; "))
     return cls(**{key: _convert(hints[key], value, f"{prefix}{key}") for key, value in values.items()})
 
 
@@ -345,6 +365,9 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return _build(hint, value, f"{key}.")
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    # Beyond, torch and NumPy overflow, and Python does not even print it.
+    if isinstance(value, int) and value.bit_length() > 63:
+        raise ValueError(f"{key} is a whole number of {value.bit_length()} bits; numbers here have 63 at most")
     for option in options:
         if option is type(None) and value is None:
             return None
@@ -354,10 +377,13 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
             return value
         if option is float and isinstance(value, int | float | str) and not isinstance(value, bool):
             try:
-                return float(value)
+                number = float(value)
             except ValueError:
                 continue
+            if not math.isfinite(number):
+                raise ValueError(f"{key} = {number} must be a finite number")
+            return number
         if option is str and isinstance(value, str):
             return value
     names = " or ".join("null" if o is type(None) else o.__name__ for o in options)
-    raise ValueError(f"{key} = {value!r} is {type(value).__name__}; expected {names}")
+    raise ValueError(f"{key} = {shown(value)} is {type(value).__name__}; expected {names}")

@@ -5,6 +5,13 @@ import time
 
 from tqdm import tqdm
 
+from trainer.text import visible
+
+
+def say(text: str) -> None:
+    """Print lines that may quote data; nothing in them reaches a terminal as a command."""
+    print(visible(text, keep="\n"), flush=True)
+
 
 class Console:
     """Silent unless `enabled`."""
@@ -24,9 +31,9 @@ class Console:
         if not self._enabled:
             return
         if self._bar is not None:
-            self._bar.write(text)
+            self._bar.write(visible(text, keep="\n"))
         else:
-            print(text, flush=True)
+            say(text)
 
     def step(self, step: int, loss: float, tokens_per_second: float) -> None:
         """Step `step` (from 1) is done."""

@@ -37,7 +37,7 @@ class Launch:
         Raises:
             ValueError: half a set of variables.
         """
-        if "RANK" in environment:
+        if "RANK" in environment or "WORLD_SIZE" in environment:
             names = {"rank": "RANK", "world_size": "WORLD_SIZE", "local_rank": "LOCAL_RANK"}
             local_world = environment.get("LOCAL_WORLD_SIZE") or environment.get("LOCAL_SIZE")
         elif "SLURM_STEP_ID" in environment and "SLURM_PROCID" in environment:
@@ -48,8 +48,15 @@ class Launch:
         missing = [name for name in names.values() if name not in environment]
         if missing:
             raise ValueError(f"environment: {', '.join(missing)} not set; start with deepspeed, torchrun or srun")
-        values = {field: int(environment[name]) for field, name in names.items()}
-        return Launch(**values, local_world_size=int(local_world or values["world_size"]))
+        values = {field: _number(environment[name], name) for field, name in names.items()}
+        here = _number(local_world, "ranks on this node") if local_world else values["world_size"]
+        for field, most in (("rank", values["world_size"]), ("local_rank", here)):
+            if values[field] >= most:
+                raise ValueError(
+                    f"environment: {names[field]} = {values[field]} of {most} ranks, counted from 0; start with deepspeed, "
+                    f"torchrun or srun"
+                )
+        return Launch(**values, local_world_size=here)
 
     def export(self) -> None:
         """Set the variables that torch.distributed and DeepSpeed read, where the launcher did not.
@@ -68,6 +75,15 @@ class Launch:
                 raise ValueError("environment: MASTER_ADDR or MASTER_PORT not set; start with deepspeed, torchrun or srun")
             os.environ.setdefault("MASTER_ADDR", _first_host(os.environ["SLURM_STEP_NODELIST"]))
             os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ["SLURM_JOB_ID"]) % 10000))
+        _number(os.environ["MASTER_PORT"], "MASTER_PORT", most=65535)
+
+
+def _number(text: str, name: str, most: int = 2**31) -> int:
+    if not (text.isascii() and text.isdecimal() and len(text) <= 10 and int(text) <= most):
+        raise ValueError(
+            f"environment: {name} = {text!r} is no number between 0 and {most}; start with deepspeed, torchrun or srun"
+        )
+    return int(text)
 
 
 def _first_host(nodes: str) -> str:
@@ -228,9 +244,7 @@ def key_store_group(timeout_minutes: float) -> dist.ProcessGroup:
 
 def broadcast_text(text: str) -> str:
     """Rank 0's text on every rank."""
-    box = [text]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
+    return gather_texts(text)[0]
 
 
 def demand_agreement(decision: str) -> None:
@@ -239,11 +253,29 @@ def demand_agreement(decision: str) -> None:
     Raises:
         ValueError: on every rank, with two of the decisions.
     """
-    decisions: list[str] = [""] * dist.get_world_size()
-    dist.all_gather_object(decisions, decision)
+    decisions = gather_texts(decision)
     for rank, other in enumerate(decisions):
         if other != decisions[0]:
             raise ValueError(
                 f"rank 0 would run {decisions[0]} and rank {rank} {other}; put --output_dir on storage that all ranks "
                 f"share, and set parallel.ep_size where nodes have different numbers of ranks"
             )
+
+
+def gather_texts(text: str) -> list[str]:
+    """Every rank's text, by rank; a collective.
+
+    Sent as UTF-8 in tensors: torch's collectives of objects unpickle what arrives, which can run a peer's code.
+    """
+    device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
+    data = text.encode("utf-8", "surrogateescape")
+    sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, torch.tensor([len(data)], device=device))
+    longest = max(int(size) for size in sizes)
+    padded = torch.tensor(list(data.ljust(longest, b"\0")), dtype=torch.uint8, device=device)
+    received = [torch.zeros_like(padded) for _ in sizes]
+    dist.all_gather(received, padded)
+    return [
+        bytes(row.tolist())[: int(size)].decode("utf-8", "surrogateescape")
+        for row, size in zip(received, sizes, strict=True)
+    ]

@@ -5,12 +5,12 @@ schedule) belongs to the experiment; a JSON may repeat it or say "auto", but not
 """
 
 import difflib
-import json
 from pathlib import Path
 from typing import Any
 
 from trainer.config import Experiment
 from trainer.distributed import Layout
+from trainer.text import read_json, shown
 
 # DeepSpeed itself accepts unknown top-level keys in silence. These are the ones that make sense here.
 KNOWN_KEYS = {
@@ -21,6 +21,14 @@ KNOWN_KEYS = {
     "gradient_predivide_factor", "disable_allgather", "seq_parallel_communication_data_type",
 }  # fmt: skip
 
+# Of the keys that hold one value and that nothing else checks.
+KINDS = {
+    bool: ("zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "wall_clock_breakdown", "memory_breakdown",
+           "dump_state", "prescale_gradients", "disable_allgather"),
+    int: ("steps_per_print",),
+}  # fmt: skip
+GRADIENT_DTYPES = ("fp32", "bf16")
+
 
 def load_ds_config(path: str, experiment: Experiment, layout: Layout, world_size: int) -> dict[str, Any]:
     """The JSON at `path`, checked against the experiment and completed for `deepspeed.initialize`.
@@ -28,24 +36,38 @@ def load_ds_config(path: str, experiment: Experiment, layout: Layout, world_size
     Raises:
         ValueError: missing file, not JSON, unknown key, unsupported stage or precision, or a contradiction.
     """
-    config = _read(path)
+    config = read_json(Path(path), f"--ds_config {path}")
     for key in config:
         if key not in KNOWN_KEYS:
             close = difflib.get_close_matches(key, KNOWN_KEYS, n=1)
             hint = f"did you mean {close[0]}?" if close else "remove it"
             raise ValueError(f"--ds_config {path}: unknown key {key}; {hint}")
-    stage = _section(config, "zero_optimization", path).get("stage")
-    if stage not in (1, 2):
-        raise ValueError(f"--ds_config {path}: zero_optimization.stage = {stage}; the trained core runs under stage 1 or 2")
-    if _section(config, "fp16", path).get("enabled", False):
+    for kind, keys in KINDS.items():
+        for key in keys:
+            if key in config and type(config[key]) is not kind:
+                raise ValueError(f"--ds_config {path}: {key} = {shown(config[key])}; write a JSON {kind.__name__}")
+    zero = _section(config, "zero_optimization", path)
+    stage = zero.get("stage")
+    if stage not in (1, 2) or isinstance(stage, bool):
+        raise ValueError(
+            f"--ds_config {path}: zero_optimization.stage = {shown(stage)}; the trained core runs under stage 1 or 2"
+        )
+    _check_offload(zero, path)
+    if _is_enabled(config, "fp16", path):
         raise ValueError(f"--ds_config {path}: fp16.enabled = true; use bf16, or fp32 with neither enabled")
-    bf16 = _section(config, "bf16", path).get("enabled", False)
+    bf16 = _is_enabled(config, "bf16", path)
     data_types = _section(config, "data_types", path)
     if "buffer_dtype" in data_types:
         raise ValueError(f"--ds_config {path}: data_types.buffer_dtype would cast the fp32 key stores; remove it")
+    for key, value in data_types.items():
+        if key != "grad_accum_dtype" or value not in GRADIENT_DTYPES:
+            raise ValueError(
+                f"--ds_config {path}: data_types.{key} = {shown(value)}; only data_types.grad_accum_dtype may be set, to "
+                f"one of: {', '.join(GRADIENT_DTYPES)}"
+            )
     if bf16 and data_types.get("grad_accum_dtype") == "fp32":
         # Stage 1 would get another optimizer than ZeRO's; offloaded gradients stay non-finite after a skipped step.
-        offloads = "offload_optimizer" in config["zero_optimization"]
+        offloads = "offload_optimizer" in zero
         if stage == 1 or offloads:
             where = "with offload_optimizer" if offloads else "under stage 1"
             raise ValueError(f"--ds_config {path}: data_types.grad_accum_dtype = fp32 {where} and bf16; remove it")
@@ -66,23 +88,33 @@ def is_bf16(config: dict[str, Any]) -> bool:
     return bool(config.get("bf16", {}).get("enabled", False))
 
 
-def _read(path: str) -> dict[str, Any]:
-    try:
-        config = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"--ds_config {path}: cannot be read ({error.strerror}); see ds_configs/") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"--ds_config {path}: is not JSON ({error}); mend the file") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"--ds_config {path}: holds {type(config).__name__}; expected a JSON object")
-    return config
-
-
 def _section(config: dict[str, Any], key: str, path: str) -> dict[str, Any]:
     section = config.get(key, {})
     if not isinstance(section, dict):
-        raise ValueError(f"--ds_config {path}: {key} = {section!r}; expected a JSON object")
+        raise ValueError(f"--ds_config {path}: {key} = {shown(section)}; expected a JSON object")
     return section
+
+
+def _is_enabled(config: dict[str, Any], key: str, path: str) -> bool:
+    """Whether the section of a precision switches it on; without `enabled` it would be off in silence."""
+    section = _section(config, key, path)
+    enabled = section.get("enabled", False if not section else None)
+    if not isinstance(enabled, bool):
+        raise ValueError(f"--ds_config {path}: {key}.enabled = {shown(enabled)}; write true or false")
+    return enabled
+
+
+def _check_offload(zero: dict[str, Any], path: str) -> None:
+    """Optimizer state may lie in host memory; the rest of DeepSpeed's offloading is for stage 3."""
+    if "offload_param" in zero:
+        raise ValueError(f"--ds_config {path}: zero_optimization.offload_param needs stage 3; remove it")
+    if "offload_optimizer" in zero:
+        device = _section(zero, "offload_optimizer", path).get("device")
+        if device != "cpu":
+            raise ValueError(
+                f"--ds_config {path}: zero_optimization.offload_optimizer.device = {shown(device)}; write cpu, "
+                f"or remove offload_optimizer"
+            )
 
 
 def _refuse_contradictions(
@@ -108,7 +140,7 @@ def _refuse_contradictions(
     for key, section, ours, name in owned:
         if section.get(key, "auto") not in ("auto", ours):
             raise ValueError(
-                f"--ds_config {path}: {key} = {section[key]} contradicts {ours} from {name} on {world_size} ranks; "
+                f"--ds_config {path}: {key} = {shown(section[key])} contradicts {ours} from {name} on {world_size} ranks; "
                 f'remove it, write "auto", or change the experiment with --set'
             )
     if "scheduler" in config:

@@ -20,6 +20,11 @@ from trainer.config import TrainConfig
 from trainer.schedule import parameter_groups
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+SECTIONS = {
+    "DeepSpeedZeroConfig": "zero_optimization", "DeepSpeedBF16Config": "bf16", "DeepSpeedFP16Config": "fp16",
+    "CommsLoggerConfig": "comms_logger",
+}  # fmt: skip
+"""Sections of the JSON by DeepSpeed's class for them."""
 
 
 @dataclass(frozen=True)
@@ -139,21 +144,25 @@ class Engine:
         self._optimizer._lazy_init_hp_params_optimizer_state()
 
 
-def check_zero_section(path: str, config: dict[str, Any]) -> None:
+def check_ds_config(path: str, config: dict[str, Any]) -> None:
     """Let DeepSpeed check its own part of the JSON at `path`, before any work starts.
 
     Raises:
-        ValueError: an unknown key or wrong value of `zero_optimization`.
+        ValueError: a key or value inside a section that DeepSpeed does not take.
     """
+    one_rank = {"train_batch_size": 1, "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
     with _deepspeed(show_log=False):
-        from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+        from deepspeed.runtime.config import DeepSpeedConfig
 
         try:
-            DeepSpeedZeroConfig(**config["zero_optimization"])
-        except ValueError as error:
-            details = error.errors()[0] if hasattr(error, "errors") else {"loc": ("zero_optimization",), "msg": str(error)}
-            key = ".".join(["zero_optimization", *map(str, details["loc"])])
-            raise ValueError(f"--ds_config {path}: {key}: {details['msg']}; see DeepSpeed's documentation") from None
+            DeepSpeedConfig({**config, **one_rank})
+        except (ValueError, TypeError, AssertionError) as error:
+            reason = str(error)
+            if hasattr(error, "errors"):  # pydantic's, several lines long
+                details = error.errors()[0]
+                section = SECTIONS.get(error.title, error.title)
+                reason = f"{'.'.join([section, *map(str, details['loc'])])}: {details['msg']}"
+            raise ValueError(f"--ds_config {path}: {reason}; see DeepSpeed's documentation") from None
 
 
 @contextlib.contextmanager

@@ -10,6 +10,8 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
+from trainer.storage import StorageError
+
 NAME = ".lock"
 LEASE_SECONDS = 100
 """How long a server of files may take to notice that a node with a lock is gone."""
@@ -24,6 +26,7 @@ class FolderLock:
 
     Raises:
         ValueError: another live run has it; the message names its host, process id and since when.
+        StorageError: an earlier start of this same SLURM job still has it.
         OSError: the file cannot be opened.
     """
 
@@ -52,7 +55,8 @@ class FolderLock:
     def sign(self) -> None:
         """Say who we are, to those who come later."""
         since = datetime.now(UTC).isoformat(timespec="seconds")
-        self._write(f"host {socket.gethostname()} process {os.getpid()} since {since}")
+        job = f" of SLURM job {os.environ['SLURM_JOB_ID']}" if "SLURM_JOB_ID" in os.environ else ""
+        self._write(f"host {socket.gethostname()} process {os.getpid()}{job} since {since}")
 
     def release(self) -> None:
         """Let others have the folder."""
@@ -80,7 +84,9 @@ class FolderLock:
                     # After a power cut the lock of the dead node stays for a while where files come over the network.
                     print(f"{folder} belongs to a run ({owner}); waiting up to {LEASE_SECONDS} s for its end", flush=True)
             if time.monotonic() >= deadline:
-                raise ValueError(
+                # A rank 0 that was cut off from its job may outlive it for a while: then starting again later helps.
+                is_our_job = f" of SLURM job {os.environ.get('SLURM_JOB_ID')} " in owner
+                raise (StorageError if is_our_job else ValueError)(
                     f"--output_dir {folder}: belongs to a live run ({owner}); wait for its end, stop it, or give another "
                     f"--output_dir"
                 )

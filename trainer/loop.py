@@ -19,7 +19,7 @@ from trainer.config import Experiment
 from trainer.console import Console
 from trainer.data import Batch, Dataset, TrainOrder, micro_batches
 from trainer.diagnose import NumericalFault, find_suspects
-from trainer.distributed import Layout
+from trainer.distributed import Layout, gather_texts
 from trainer.engine import Engine, StepResult
 from trainer.evaluate import evaluate
 from trainer.faults import Faults
@@ -188,9 +188,8 @@ class Trainer:
         if failed:
             self._saver.wait()
         if signalled and self.stopped_by is None:
-            names: list[str | None] = [None] * dist.get_world_size()
-            dist.all_gather_object(names, None if received is None else received.name)
-            rank, name = next((rank, name) for rank, name in enumerate(names) if name is not None)
+            names = gather_texts("" if received is None else received.name)
+            rank, name = next((rank, name) for rank, name in enumerate(names) if name)
             self.stopped_by = f"{name} on rank {rank}"
         return total
 

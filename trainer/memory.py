@@ -1,10 +1,15 @@
-"""Memory of the process on CPUs."""
+"""Memory of the machine, and of the process on CPUs."""
 
 import ctypes
 import os
 import sys
 
 SLACK_BYTES = 2**30
+
+
+def host_bytes() -> int:
+    """Physical memory of this machine."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 class FreedMemory:

@@ -10,10 +10,13 @@ from dataclasses import dataclass, fields
 from math import comb
 from typing import Any
 
+import torch
+
 from modeling.config import ModelConfig
 from trainer.config import Experiment
 from trainer.distributed import Layout
 from trainer.ds_config import is_bf16
+from trainer.memory import host_bytes
 
 GIB = 2**30
 DEEPSPEED_BUCKET = 500_000_000
@@ -176,6 +179,40 @@ def memory(experiment: Experiment, deployment: Deployment) -> Memory:
         exchange=int(T * exchange_bytes_per_token(deployment, D, E, K, w)) if P > 1 else 0,
         keys=has_some * (L * 4 * E * (D + 3) + sums),
     )
+
+
+def check_expert_size(model: ModelConfig) -> None:
+    """Refuse experts that this machine cannot even draw, one at a time.
+
+    Raises:
+        ValueError: naming the sizes that make an expert.
+    """
+    needed = 8 * max(model.some.num_expert_parameters(), model.num_dense_parameters() if model.d_ffn else 0)
+    if needed > host_bytes():
+        raise ValueError(
+            f"model.d_model = {model.d_model} makes experts that take {needed / GIB:,.0f} GiB to draw, and this machine has "
+            f"{host_bytes() / GIB:,.0f}; lower it, model.some.d_ffn or model.d_ffn"
+        )
+
+
+def check_memory(experiment: Experiment, deployment: Deployment) -> None:
+    """Refuse a model whose experts and core alone are more than this machine's memory: it would fail only after minutes.
+
+    Raises:
+        ValueError: naming the sizes that count most.
+    """
+    held = memory(experiment, deployment)
+    needed, model = held.pool + held.core, experiment.model
+    if deployment.device == "cuda":
+        available, where = torch.cuda.get_device_properties(0).total_memory, "its GPU"
+    else:
+        available, where = host_bytes() // deployment.ranks_per_node, "its share of this machine"
+    if needed > available:
+        raise ValueError(
+            f"model.num_layers = {model.num_layers}, model.some.num_experts = {model.some.num_experts}, model.d_model = "
+            f"{model.d_model} and model.vocab_size = {model.vocab_size} need {needed / GIB:,.1f} GiB a rank for weights, "
+            f"and {where} has {available / GIB:,.1f}; lower them, or let more ranks share the pool (parallel.ep_size)"
+        )
 
 
 def num_pool_parameters(model: ModelConfig) -> int:

@@ -18,11 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
     # The launchers run this file by path: make the packages beside it importable without an installation, and keep this
     # folder itself from shadowing other modules.
-    sys.path[0] = str(REPOSITORY)
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import torch
 import torch.distributed as dist
@@ -30,8 +29,9 @@ import torch.distributed as dist
 from modeling import build_model
 from modeling.mixers import frozen_manifest
 from trainer.checkpoint import RunState, check_resumable, load_checkpoint
+from trainer.command_line import parse_arguments
 from trainer.config import Experiment, load_experiment
-from trainer.console import Console
+from trainer.console import Console, say
 from trainer.data import Dataset, TrainOrder, check_source, open_data, prepare_data
 from trainer.diagnose import NumericalFault
 from trainer.distributed import (
@@ -46,18 +46,19 @@ from trainer.distributed import (
     key_store_group,
 )
 from trainer.ds_config import is_bf16, load_ds_config
-from trainer.engine import Engine, check_zero_section
+from trainer.engine import Engine, check_ds_config
 from trainer.exit_codes import DONE, FAILED, REFUSED, REQUEUE
 from trainer.generate import generate
 from trainer.listing import print_experiments
 from trainer.lock import FolderLock
 from trainer.loop import Trainer
 from trainer.metrics import RunLog
-from trainer.plan import Deployment, Sharding, describe, most_replicas
+from trainer.plan import Deployment, Sharding, check_expert_size, check_memory, describe, most_replicas
 from trainer.resume import Found, find_checkpoint
-from trainer.runfolder import began_here, set_aside, write_config
+from trainer.runfolder import began_here, check_writable, set_aside, write_config
 from trainer.stopping import StopSignals
 from trainer.storage import StorageError
+from trainer.text import error_line
 from trainer.watchdog import Watchdog
 
 SECONDS_TO_WAIT_FOR_RANK_0 = 60
@@ -65,13 +66,15 @@ SECONDS_TO_WAIT_FOR_RANK_0 = 60
 
 def main() -> None:
     """The command line; ends with one of `trainer/exit_codes.py`."""
-    arguments = parse_arguments()
+    # Text that the terminal's encoding lacks must not end a run that only wanted to print it.
+    sys.stdout.reconfigure(errors="backslashreplace")
     launch = Launch(rank=0, world_size=1, local_rank=0, local_world_size=1)
     try:
+        launch = Launch.from_environment()
+        arguments = parse_arguments()
         if arguments.list:
             print_experiments()
             return
-        launch = Launch.from_environment()
         code = run(arguments, launch)
     except ValueError as error:
         end(error, launch, REFUSED)
@@ -81,31 +84,6 @@ def main() -> None:
         # Launchers that see the first rank end send SIGTERM to the others, which are to end with the same code.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         sys.exit(code)
-
-
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The flags; everything else is a key of the experiment, changed with --set."""
-    parser = argparse.ArgumentParser(prog="trainer/run.py", description="Train a SoME language model.", allow_abbrev=False)
-    parser.add_argument(
-        "--ds_config",
-        default=str(REPOSITORY / "ds_configs" / "zero2.json"),
-        metavar="FILE",
-        help="DeepSpeed JSON: precision and ZeRO stage (default: ds_configs/zero2.json)",
-    )
-    parser.add_argument("--experiment", default="quickstart", metavar="NAME|FILE.yaml", help="what to train; see --list")
-    parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="change one key of the experiment")
-    parser.add_argument("--output_dir", metavar="DIR", help="the run's folder (default: runs/<experiment>)")
-    parser.add_argument(
-        "--resume",
-        default="auto",
-        metavar="auto|never|DIR",
-        help="auto: continue the run in output_dir; never: start anew and move an old run aside",
-    )
-    parser.add_argument("--max_steps", type=int, metavar="N", help="stop early; the schedule stays the experiment's")
-    parser.add_argument("--dry_run", action="store_true", help="print parameters, memory and traffic, and stop")
-    parser.add_argument("--list", action="store_true", help="print the shipped experiments, and stop")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
-    return parser.parse_args(arguments)
 
 
 @dataclass
@@ -141,19 +119,18 @@ class Job:
         """Whether it goes on in the folder of its checkpoint."""
         return self.checkpoint is not None and self.output_dir.resolve() in self.checkpoint.resolve().parents
 
-    def complete(self, data_folder: Path) -> Dataset:
-        """Open the data, and take from it the length of the run and the identity of the data.
+    def complete(self, dataset: Dataset) -> None:
+        """Take from the data the length of the run and the identity of the data.
 
         Raises:
             ValueError: a training split smaller than one batch, or other data than the checkpoint's.
         """
-        dataset, train = open_data(data_folder), self.experiment.train
+        train = self.experiment.train
         order = train_order(self.experiment, dataset)
         self.state.total_steps = train.steps or math.ceil(train.epochs * order.steps_per_epoch)
         self.state.data_fingerprint, self.state.tokenizer_hash = dataset.fingerprint, dataset.tokenizer_hash
         if self.saved is not None:
             check_resumable(self.checkpoint, self.saved, self.state)
-        return dataset
 
 
 def run(arguments: argparse.Namespace, launch: Launch) -> int:
@@ -167,10 +144,12 @@ def run(arguments: argparse.Namespace, launch: Launch) -> int:
         report_skipped(job)
     launch.export()
     check_gpus(launch)
-    check_zero_section(arguments.ds_config, job.ds_config)
+    check_memory(job.experiment, deployment(job))
+    check_ds_config(arguments.ds_config, job.ds_config)
     check_source(job.experiment.data)
     if is_done(job, arguments.max_steps):
         return DONE
+    check_writable(job.output_dir)
     with StopSignals() as signals:
         # Rank 0 prepares folder and data while the others wait for it at the rendezvous, so what it refuses is refused here.
         data_folder = prepare_folder_and_data(job) if launch.rank == 0 else None
@@ -193,7 +172,11 @@ def train(trainer: Trainer, signals: StopSignals, max_steps: int | None) -> int:
     """Train to the end, or until a signal comes; the exit code."""
     trainer.signals, total = signals, trainer.state.total_steps
     signals.defer()
-    is_complete = trainer.run(stop=min(max_steps or total, total))
+    try:
+        is_complete = trainer.run(stop=min(max_steps or total, total))
+    except ValueError as error:
+        # All that users can mend was checked before: this is a fault of ours, which a restart may get around.
+        raise RuntimeError(f"step {trainer.state.step}: training failed") from error
     finish(trainer, is_complete)
     return DONE if is_complete else REQUEUE
 
@@ -207,6 +190,7 @@ def decide(arguments: argparse.Namespace, launch: Launch) -> Job:
     if arguments.max_steps is not None and arguments.max_steps < 1:
         raise ValueError(f"--max_steps {arguments.max_steps}: must be at least 1")
     model = experiment.model
+    check_expert_size(model)
     state = RunState(
         step=0,
         tokens=0,
@@ -219,7 +203,11 @@ def decide(arguments: argparse.Namespace, launch: Launch) -> Job:
     )
     output_dir = Path(arguments.output_dir or Path("runs") / experiment.name)
     lock = FolderLock.existing(output_dir) if launch.rank == 0 and not arguments.dry_run else None
-    found = find_checkpoint(arguments.resume, output_dir, lambda folder, saved: check_resumable(folder, saved, state))
+    try:
+        found = find_checkpoint(arguments.resume, output_dir, lambda folder, saved: check_resumable(folder, saved, state))
+    except OSError as error:
+        where = output_dir if arguments.resume == "auto" else f"{output_dir} --resume {arguments.resume}"
+        raise ValueError(f"--output_dir {where}: cannot be read ({error.strerror}); choose another") from None
     if found is not None and arguments.resume != "auto":
         own = find_checkpoint("auto", output_dir)
         if own is not None and own.folder.resolve() != found.folder.resolve():
@@ -263,30 +251,31 @@ def is_done(job: Job, max_steps: int | None) -> bool:
         what = "is finished" if saved.step >= saved.total_steps else f"has reached --max_steps {max_steps}"
         loss = "" if saved.val_loss is None else f" with validation loss {saved.val_loss:.4f} nats/token"
         cure = "start anew with --resume never, or give another --output_dir"
-        print(f"{job.checkpoint.parent.parent} {what} at step {saved.step}{loss}; {cure}")
+        say(f"{job.checkpoint.parent.parent} {what} at step {saved.step}{loss}; {cure}")
     return True
 
 
 def prepare_folder_and_data(job: Job) -> Path:
     """The run's folder, and the tokenised data's; rank 0 only."""
     model = job.experiment.model
-    data_folder = prepare_data(job.experiment.data, model.vocab_size, model.max_seq_len, job.experiment.seed)
-    dataset = job.complete(data_folder)
+    experiment = job.experiment
+    data_folder = prepare_data(experiment.data, model.vocab_size, model.max_seq_len, experiment.seed, job.complete)
     try:
         job.output_dir.mkdir(parents=True, exist_ok=True)
         job.lock = job.lock or FolderLock(job.output_dir, create=True)
-        again = not job.starts_anew and began_here(job.output_dir, job.experiment, job.ds_config)
+        again = not job.starts_anew and began_here(job.output_dir, experiment, job.ds_config)
         aside = None if job.continues or again else set_aside(job.output_dir)
         if aside is not None:
             job.lock.release()
             job.output_dir.mkdir()
             job.lock = FolderLock(job.output_dir, create=True)
         job.lock.sign()
-        write_config(job.output_dir, job.experiment, job.launch, job.layout, job.ds_config, dataset.summary)
+        summary = open_data(data_folder).summary
+        write_config(job.output_dir, experiment, job.launch, job.layout, job.ds_config, summary)
     except OSError as error:
         raise ValueError(f"--output_dir {job.output_dir}: cannot be written ({error.strerror}); choose another") from None
     if aside is not None:
-        print(f"the earlier run was moved to {aside}", flush=True)
+        say(f"the earlier run was moved to {aside}")
     return data_folder
 
 
@@ -294,7 +283,8 @@ def prepare_trainer(job: Job, data_folder: Path, device: torch.device) -> Traine
     """Model, engine, data and log of this rank, with the checkpoint loaded if there is one."""
     began, is_first, experiment, load_seconds = time.perf_counter(), job.launch.rank == 0, job.experiment, 0.0
     set_numerics(experiment.train.deterministic)
-    dataset = job.complete(data_folder)
+    dataset = open_data(data_folder)
+    job.complete(dataset)
     pool_dtype = torch.bfloat16 if is_bf16(job.ds_config) else torch.float32
     ep_group = expert_parallel_group(job.layout.ep_size, experiment.parallel.timeout_minutes)
     chunks = experiment.parallel.chunks
@@ -390,7 +380,7 @@ def end(error: Exception, launch: Launch, code: int) -> NoReturn:
     """One line and the exit code. Rank 0 speaks for all; the others wait to be ended with it, else they speak up."""
     if launch.rank != 0:
         signal.sigtimedwait([signal.SIGTERM], SECONDS_TO_WAIT_FOR_RANK_0)
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    print(error_line(error), file=sys.stderr, flush=True)
     if code == REFUSED and "SOME_REFUSED_FILE" in os.environ:
         # slurm/body.sh cannot rely on srun's exit code, which is the highest of all ranks', those that it killed included.
         Path(os.environ["SOME_REFUSED_FILE"]).touch()

@@ -1,6 +1,8 @@
 """A run's folder: what identifies the run, and moving an old run out of the way."""
 
+import os
 import platform
+import stat
 import subprocess
 from importlib import metadata
 from pathlib import Path
@@ -13,8 +15,44 @@ from trainer.checkpoint import differing_keys
 from trainer.config import Experiment, experiment_from_dict
 from trainer.distributed import Launch, Layout
 from trainer.storage import write_text_atomically
+from trainer.text import kind_of
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def check_writable(output_dir: Path) -> None:
+    """Refuse a run's folder that could not be written, before the data is prepared; makes nothing.
+
+    Raises:
+        ValueError: naming what is in the way.
+    """
+    wanted = [(output_dir / name, stat.S_ISREG) for name in ("config.yaml", "metrics.jsonl")]
+    wanted += [(output_dir / name, stat.S_ISDIR) for name in ("checkpoints", "tensorboard")]
+    for path, is_right in [(_nearest_existing(output_dir), stat.S_ISDIR), *wanted]:
+        try:
+            mode = path.stat().st_mode
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise ValueError(
+                f"--output_dir {output_dir}: cannot be used ({error.strerror}: {path}); choose another"
+            ) from None
+        if not is_right(mode):
+            what = "a file" if stat.S_ISREG(mode) else f"a {kind_of(mode)}"
+            raise ValueError(f"--output_dir {output_dir}: cannot be used ({path} is {what}); choose another")
+        if not os.access(path, os.W_OK):
+            raise ValueError(f"--output_dir {output_dir}: cannot be written (no permission for {path}); choose another")
+
+
+def _nearest_existing(path: Path) -> Path:
+    """The folder in which the first missing part of `path` would be made; `path` itself where it exists or is wrong."""
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        return _nearest_existing(path.parent)
+    except OSError:
+        return path
+    return path
 
 
 def set_aside(output_dir: Path) -> Path | None:

@@ -78,7 +78,8 @@ class KeyStore(nn.Module):
             token_ids_T: int64, distinct over all ranks; None = the tokens' places, rank after rank.
         """
         if token_ids_T is None:
-            token_ids_T = torch.arange(len(queries_TD), device=queries_TD.device) + _tokens_before(len(queries_TD), group)
+            before = _tokens_before(len(queries_TD), queries_TD.device, group)
+            token_ids_T = torch.arange(len(queries_TD), device=queries_TD.device) + before
         seed = None if generator is None else int(torch.randint(2**62, (), generator=generator))
         candidates = self.candidates(queries_TD, token_ids_T, mask_T, seed)
         statistics = KeyStatistics.of(len(self.keys), queries_TD, expert_ids_TK, gates_TK, mask_T, candidates)
@@ -275,13 +276,14 @@ def _ratio(numerator: torch.Tensor, mass: torch.Tensor) -> torch.Tensor:
     return torch.where(mass > 0, numerator / mass, 0.0)
 
 
-def _tokens_before(tokens: int, group: dist.ProcessGroup | None) -> int:
+def _tokens_before(tokens: int, device: torch.device, group: dist.ProcessGroup | None) -> int:
     """How many tokens the ranks before this one hold."""
     if group is None:
         return 0
-    counts: list[int | None] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(counts, tokens, group=group)
-    return sum(counts[: dist.get_rank(group)])
+    mine = torch.tensor([tokens], device=device)
+    counts = [torch.zeros_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(counts, mine, group=group)
+    return sum(int(count) for count in counts[: dist.get_rank(group)])
 
 
 class _Reduction:

@@ -18,7 +18,10 @@ SRUN = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "5", "SLURM_NTASKS": "7", "SLURM_L
         ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}, Launch(3, 4, 1, 2)),
         ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_SIZE": "2"}, Launch(1, 2, 1, 2)),  # deepspeed
         ({**SRUN, "SLURM_STEP_TASKS_PER_NODE": "2(x3),1", "SLURM_NODEID": "2"}, Launch(5, 7, 1, 2)),
-        ({**SRUN, "SLURM_STEP_TASKS_PER_NODE": "2(x3),1", "SLURM_NODEID": "3"}, Launch(5, 7, 1, 1)),
+        (
+            {**SRUN, "SLURM_PROCID": "6", "SLURM_LOCALID": "0", "SLURM_STEP_TASKS_PER_NODE": "2(x3),1", "SLURM_NODEID": "3"},
+            Launch(6, 7, 0, 1),
+        ),
         ({k: v for k, v in SRUN.items() if k != "SLURM_STEP_ID"}, Launch(0, 1, 0, 1)),  # a batch shell
     ],
 )

@@ -10,6 +10,7 @@ import pytest
 
 from trainer import lock
 from trainer.lock import FolderLock
+from trainer.storage import StorageError
 
 
 def _hold(folder, ready) -> None:
@@ -56,6 +57,17 @@ def test_a_dead_node_keeps_its_lock_for_a_while(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(lock.time, "sleep", lambda seconds: held.release())
     assert FolderLock.existing(tmp_path) is not None
     assert capsys.readouterr().out.count("waiting up to") == 2
+
+
+def test_an_earlier_start_of_the_same_job_is_no_refusal(tmp_path, monkeypatch):
+    """A job that is refused is not started again; one whose cut-off rank 0 still lives has to be."""
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    held = FolderLock(tmp_path, create=True)
+    held.sign()
+    for job, error in (("12", StorageError), ("1", ValueError), ("123", ValueError)):
+        monkeypatch.setenv("SLURM_JOB_ID", job)
+        with pytest.raises(error, match="of SLURM job 12 since"):
+            FolderLock(tmp_path, create=False)
 
 
 def test_a_file_system_without_locks_is_said_once(tmp_path, monkeypatch, capsys):

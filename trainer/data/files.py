@@ -3,47 +3,81 @@
 import codecs
 import io
 import json
+import os
 import re
+import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import pyarrow
 import pyarrow.parquet
 
+from trainer.text import kind_of, shown
+
 SUFFIXES = (".jsonl", ".parquet", ".txt", ".tokens", ".md")
 END_OF_TEXT = "<|endoftext|>"
 DOCUMENT_CHARACTERS = 2000  # target size of a document cut from plain text that marks no documents
+MOST_CHARACTERS = 2**24  # in one document: five times War and Peace; tokenising one takes far more memory than its text
+MOST_LINE_BYTES = 8 * MOST_CHARACTERS  # of JSON: a document in escapes, and other fields beside it
 LONG_LINE_CHARACTERS = 4 * DOCUMENT_CHARACTERS  # a longer line is cut at spaces: some corpora are one single line
 
 
 def list_files(path: Path) -> list[Path]:
     """The data files at `path`: the file itself, or all files below a folder, sorted, hidden ones left out.
 
-    Raises ValueError for a missing path, an empty folder, an empty or unreadable file, or an unknown suffix.
+    Links are followed, as caches of downloads are made of them. Raises ValueError for a missing path, a folder without
+    files, a file that is empty, cannot be read, is none (a pipe, a device, a link to nothing) or has an unknown suffix, and
+    for links that lead in a circle.
     """
-    if not path.exists():
-        raise ValueError(f"data.path={str(path)!r} does not exist: set it to an existing file or folder")
-    if path.is_dir():
-        below = (file for file in path.rglob("*") if file.is_file())
-        files = sorted(f for f in below if not any(part.startswith(".") for part in f.relative_to(path).parts))
-    else:
-        files = [path]
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        found = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read ({reason})"
+        raise ValueError(f"data.path={str(path)!r} {found}: set it to an existing file or folder") from None
+    files = _files_below(path) if stat.S_ISDIR(mode) else [path]
     if not files:
         raise ValueError(f"data.path={str(path)!r} is a folder without files: put {', '.join(SUFFIXES)} files there")
     for file in files:
-        if file.suffix.lower() not in SUFFIXES:
-            raise ValueError(
-                f"{file}: unknown suffix {file.suffix!r}: convert it to one of {', '.join(SUFFIXES)}, "
-                "or move it out of data.path"
-            )
-        try:
-            with file.open("rb") as handle:
-                empty = not handle.read(1)
-        except OSError as error:
-            raise ValueError(f"{file}: cannot be read ({error.strerror}): change its permissions or data.path") from error
-        if empty:
-            raise ValueError(f"{file}: is empty (0 bytes): remove it or set data.path to a file with text")
+        _check_readable(file)
     return files
+
+
+def _files_below(folder: Path) -> list[Path]:
+    """Everything below `folder` that is no folder, sorted; hidden names are left out."""
+
+    def fail(error: OSError) -> NoReturn:
+        raise ValueError(f"{error.filename}: cannot be read ({error.strerror}): change its permissions or data.path")
+
+    files = []
+    for here, folders, names in os.walk(folder, onerror=fail, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in folders:
+            inner = Path(here, name)
+            if inner.is_symlink() and Path(here).resolve().is_relative_to(inner.resolve()):
+                raise ValueError(f"{inner}: is a link to a folder above it, which has no end: remove it")
+        files += [Path(here, name) for name in names if not name.startswith(".")]
+    return sorted(files)
+
+
+def _check_readable(file: Path) -> None:
+    if file.suffix.lower() not in SUFFIXES:
+        raise ValueError(
+            f"{file}: unknown suffix {file.suffix!r}: convert it to one of {', '.join(SUFFIXES)}, "
+            "or move it out of data.path"
+        )
+    try:
+        # Opening a pipe would wait for its writer, and a device may never end.
+        mode = file.stat().st_mode
+        if not stat.S_ISREG(mode):
+            raise ValueError(f"{file}: is a {kind_of(mode)}, not a file: write its content to a file")
+        with file.open("rb") as handle:
+            empty = not handle.read(1)
+    except OSError as error:
+        raise ValueError(f"{file}: cannot be read ({error.strerror}): change its permissions or data.path") from error
+    if empty:
+        raise ValueError(f"{file}: is empty (0 bytes): remove it or set data.path to a file with text")
 
 
 def read_documents(file: Path, text_field: str) -> Iterator[str]:
@@ -53,7 +87,12 @@ def read_documents(file: Path, text_field: str) -> Iterator[str]:
         return _read_jsonl(file, text_field)
     if suffix == ".parquet":
         return _read_parquet(file, text_field)
-    return iter(split_text(_decode(file.read_bytes(), str(file))))
+    text = _decode(file.read_bytes(), str(file))
+    if "\0" in text:
+        raise ValueError(
+            f"{file}: character {text.index(chr(0))} is NUL, as in binary files and UTF-16: convert it to UTF-8"
+        )
+    return (checked_text(part, f"{file} document {number}") for number, part in enumerate(split_text(text), start=1))
 
 
 def check_file(file: Path, text_field: str) -> None:
@@ -73,6 +112,8 @@ def checked_text(value: object, where: str) -> str:
         return ""
     if not isinstance(value, str):
         raise ValueError(f"{where} is {type(value).__name__}, not text: set data.text_field to the field with the text")
+    if len(value) > MOST_CHARACTERS:
+        raise ValueError(f"{where} has {len(value):,} characters, more than {MOST_CHARACTERS:,}: cut it into documents")
     if not value.isascii():
         try:
             value.encode("utf-8")
@@ -124,22 +165,25 @@ def _decode(data: bytes, where: str, final: bool = True) -> str:
 
 def _read_jsonl(file: Path, text_field: str) -> Iterator[str]:
     with file.open("rb") as handle:
-        for number, raw in enumerate(handle, start=1):
+        for number, raw in enumerate(iter(lambda: handle.readline(MOST_LINE_BYTES + 1), b""), start=1):
             where = f"{file} line {number}"
+            if len(raw) > MOST_LINE_BYTES:
+                raise ValueError(
+                    f"{where}: has over {MOST_LINE_BYTES:,} bytes: write one JSON object a line, one a document"
+                )
             line = _decode(raw, where).lstrip("\ufeff").strip()
             if not line:
                 continue
             try:
                 record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"{where}: not JSON ({error.msg} at column {error.colno}): write one JSON object a line"
-                ) from None
+            except (ValueError, RecursionError) as error:  # a number of thousands of digits is a plain ValueError
+                reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+                raise ValueError(f"{where}: not JSON ({reason}): write one JSON object a line") from None
             if not isinstance(record, dict):
                 raise ValueError(f"{where}: a JSON {type(record).__name__}, not an object: write one JSON object a line")
             if text_field not in record:
                 raise ValueError(
-                    f"{where}: no field {text_field!r} among {sorted(record)[:8]}: set data.text_field to one of them"
+                    f"{where}: no field {text_field!r} among {shown(sorted(record))}: set data.text_field to one of them"
                 )
             yield checked_text(record[text_field], f"{where}: field {text_field!r}")
 
@@ -149,7 +193,9 @@ def _read_parquet(file: Path, text_field: str) -> Iterator[str]:
         with pyarrow.parquet.ParquetFile(file) as table:
             names = table.schema_arrow.names
             if text_field not in names:
-                raise ValueError(f"{file}: no column {text_field!r} among {names[:8]}: set data.text_field to one of them")
+                raise ValueError(
+                    f"{file}: no column {text_field!r} among {shown(names)}: set data.text_field to one of them"
+                )
             row = 0
             for batch in table.iter_batches(batch_size=1024, columns=[text_field]):
                 for value in batch.column(0).to_pylist():

@@ -16,6 +16,7 @@ from uuid import uuid4
 
 from tokenizers import Tokenizer
 
+from trainer.console import say
 from trainer.data.config import DataConfig
 from trainer.data.sequences import ARRAYS, RowLayout, Sequences, write_rows, write_sequences
 from trainer.data.sources import load_documents, tokenizer_texts
@@ -44,12 +45,15 @@ class Dataset:
     summary: dict[str, Any]
 
 
-def prepare_data(config: DataConfig, vocab_size: int, max_seq_len: int, seed: int) -> Path:
+def prepare_data(
+    config: DataConfig, vocab_size: int, max_seq_len: int, seed: int, accept: Callable[[Dataset], None] = lambda _: None
+) -> Path:
     """Make sure that the tokenised data exists in the cache, and return its folder. For rank 0 only.
 
     `max_seq_len` is the largest number of inputs in a sequence. A second call with the same documents and settings
-    reads the documents, finds the entry and builds nothing; a damaged entry is rebuilt with a message. Raises
-    ValueError for settings or a source that cannot work, and for a cache folder that cannot be written.
+    reads the documents, finds the entry and builds nothing; a damaged entry is rebuilt with a message. `accept` is called
+    with the data before anything new stays in the cache, and may raise ValueError to keep it out. Raises ValueError for
+    settings or a source that cannot work, and for a cache folder that cannot be written.
     """
     if config.tokenizer == "bytes":
         check_vocab_size(vocab_size)
@@ -79,25 +83,36 @@ def prepare_data(config: DataConfig, vocab_size: int, max_seq_len: int, seed: in
                 raise ValueError(f"{shortage}: lower it, or take what there is with --set data.allow_fewer=true")
             notes.append(shortage)
     for line in notes:
-        print(f"data: {line}")
+        say(f"data: {line}")
     for reason, number in documents.dropped.items():
         if number:
-            print(f"data: dropped {number} documents ({reason})")
+            say(f"data: dropped {number} documents ({reason})")
     root = config.cache_root()
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        tokenizer = _cached_tokenizer(root, tokenizer_texts_hash, texts_of_tokenizer, vocab_size, config.tokenizer)
+        tokenizer_path = root / f"tokenizer-{_key(tokenizer_texts_hash, vocab_size, config.tokenizer)[:32]}.json"
+        tokenizer = _cached_tokenizer(tokenizer_path, vocab_size)
+        is_new = tokenizer is None
+        if is_new:
+            tokenizer = train_tokenizer(texts_of_tokenizer(), vocab_size, config.tokenizer)
+        notes += _unfilled(tokenizer, vocab_size, config.allow_fewer)
         layout = RowLayout(max_seq_len, config.rows, config.append_eos, config.count_padding, pad_id(tokenizer))
         key = _key(train_hash, _hash_texts(documents.validation)[0], tokenizer_hash(tokenizer), asdict(layout))
         folder = root / f"data-{key[:32]}"
         problem = _problem(folder, key)
-        if problem is not None:
+        if problem is None:
+            accept(open_data(folder))
+        else:
+            root.mkdir(parents=True, exist_ok=True)
             if folder.exists():
-                print(f"data: rebuilding cache entry {folder}: {problem}")
+                say(f"data: rebuilding cache entry {folder}: {problem}")
             summary = {"dropped": documents.dropped, "notes": notes}
             summary |= {"vocab_size": vocab_size, "max_seq_len": max_seq_len, "tokenizer_documents": number_of_texts}
             texts = {"train": documents.train, "validation": documents.validation}
-            _build(folder, key, texts, tokenizer, layout, summary)
+            _build(folder, key, texts, tokenizer, layout, summary, accept)
+        if is_new:
+            temporary = _temporary(tokenizer_path)
+            temporary.write_text(tokenizer.to_str(), encoding="utf-8")
+            os.replace(temporary, tokenizer_path)
     except OSError as error:
         raise ValueError(
             f"data.cache_dir={str(root)!r} cannot be used ({error}): set it (or SOME_CACHE_DIR) to a writable folder"
@@ -121,23 +136,29 @@ def open_data(folder: str | Path) -> Dataset:
     return Dataset(tokenizer, train, validation, fingerprint, expected_hash, summary)
 
 
-def _cached_tokenizer(
-    root: Path, texts_hash: str, texts: Callable[[], Iterable[str]], vocab_size: int, kind: str
-) -> Tokenizer:
-    path = root / f"tokenizer-{_key(texts_hash, vocab_size, kind)[:32]}.json"
-    if path.exists():
-        try:
-            tokenizer = load_tokenizer(path)
-            if tokenizer.get_vocab_size() <= vocab_size:
-                return tokenizer
-            print(f"data: rebuilding {path}: it has more than {vocab_size} tokens")
-        except ValueError as error:
-            print(f"data: rebuilding: {error}")
-    tokenizer = train_tokenizer(texts(), vocab_size, kind)
-    temporary = _temporary(path)
-    temporary.write_text(tokenizer.to_str(), encoding="utf-8")
-    os.replace(temporary, path)
-    return tokenizer
+def _cached_tokenizer(path: Path, vocab_size: int) -> Tokenizer | None:
+    if not path.exists():
+        return None
+    try:
+        tokenizer = load_tokenizer(path)
+        if tokenizer.get_vocab_size() <= vocab_size:
+            return tokenizer
+        say(f"data: rebuilding {path}: it has more than {vocab_size} tokens")
+    except ValueError as error:
+        say(f"data: rebuilding: {error}")
+    return None
+
+
+def _unfilled(tokenizer: Tokenizer, vocab_size: int, allow_fewer: bool) -> list[str]:
+    """A note on a vocabulary that the text does not fill, which gives the model rows that no token ever uses."""
+    found = tokenizer.get_vocab_size()
+    if found == vocab_size:
+        return []
+    shortage = f"model.vocab_size={vocab_size}, but the tokenizer finds only {found} tokens in the text"
+    if not allow_fewer:
+        raise ValueError(f"{shortage}: lower it, use more text, or go on with --set data.allow_fewer=true")
+    say(f"data: {shortage}")
+    return [shortage]
 
 
 def _build(
@@ -147,6 +168,7 @@ def _build(
     tokenizer: Tokenizer,
     layout: RowLayout,
     summary: dict[str, Any],
+    accept: Callable[[Dataset], None],
 ) -> None:
     temporary = _temporary(folder)
     temporary.mkdir()
@@ -164,6 +186,7 @@ def _build(
             "sha256": {name: _hash_file(temporary / name) for name in FILES},
         }
         (temporary / META).write_text(json.dumps(meta, indent=1), encoding="utf-8")
+        accept(open_data(temporary))
         if folder.exists() and _problem(folder, key) is not None:
             # A folder cannot be replaced while it has files: move the damaged one aside first.
             aside = _temporary(folder)

@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -175,7 +176,7 @@ def _hub_id(config: DataConfig) -> str | None:
     """The hub id that `config` means, or None where it means stories or a local path."""
     if config.name == "tinystories" and config.path is None:
         return TINYSTORIES_HUB_ID
-    if config.name != "text" or config.path is None or Path(config.path).exists():
+    if config.name != "text" or config.path is None or os.path.lexists(config.path):
         return None
     # A path with a data suffix is a mistyped file name, not a hub id.
     looks_like_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", config.path) and not config.path.lower().endswith(SUFFIXES)

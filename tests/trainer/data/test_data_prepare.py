@@ -103,7 +103,7 @@ def test_a_changed_word_of_equal_length_is_other_data(tmp_path):
         (tmp_path / "in").mkdir(exist_ok=True)
         (tmp_path / "in" / "train.txt").write_text("the cat and the dog")
         (tmp_path / "in" / "valid.txt").write_text(f"a {word}")
-        config = DataConfig(name="text", path=str(tmp_path / "in"), cache_dir=str(tmp_path / "cache"))
+        config = DataConfig(name="text", path=str(tmp_path / "in"), allow_fewer=True, cache_dir=str(tmp_path / "cache"))
         data = open_data(prepare_data(config, 300, 8, 0))
         assert data.tokenizer.decode(data.validation[0].tolist()) == f"a {word}"
         fingerprints.add(data.fingerprint)
@@ -195,9 +195,9 @@ def test_notes_and_dropped_documents_are_printed(tmp_path, capsys):
     data = open_data(prepare_data(config, 300, 8, 0))
     out = capsys.readouterr().out
     assert "dropped 1 documents (empty)" in out and "dropped 1 documents (overlap)" in out
-    assert "data.train_documents=9" in out
+    assert "data.train_documents=9" in out and "model.vocab_size=300, but the tokenizer finds only 258 tokens" in out
     assert data.summary["dropped"] == {"empty": 1, "overlap": 1}
-    assert len(data.summary["notes"]) == 1
+    assert len(data.summary["notes"]) == 2
 
 
 def test_open_data_names_a_bad_folder(config, tmp_path):

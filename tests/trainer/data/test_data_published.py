@@ -243,7 +243,7 @@ def test_summary_of_padded_rows(tmp_path, count_padding):
 
 
 def test_words_in_chunks(tmp_path):
-    config = DataConfig(train_documents=5, val_documents=2, tokenizer="words", cache_dir=str(tmp_path))
+    config = DataConfig(train_documents=5, val_documents=2, tokenizer="words", allow_fewer=True, cache_dir=str(tmp_path))
     data = prepared(config, 10_000)
     assert data.train[0].tolist() == [EOS, *data.tokenizer.encode(STORIES[0]).ids, EOS]
     (batch,) = micro_batches(data.train, range(5), 0, 1, 5)

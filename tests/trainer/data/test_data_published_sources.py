@@ -91,9 +91,8 @@ def test_tokenizer_documents_are_the_first_of_the_source(tmp_path, kind, capsys)
         name="text", path=path, train_documents=5, tokenizer=kind, tokenizer_documents=30, cache_dir=str(tmp_path / "cache")
     )
     assert tokenizer_hash(train_tokenizer(STORIES[:30], VOCAB, kind)) == prepared(config).tokenizer_hash
-    assert prepared(dataclasses.replace(config, tokenizer_documents=None)).tokenizer_hash == tokenizer_hash(
-        train_tokenizer(STORIES[:5], VOCAB, kind)
-    )
+    own = dataclasses.replace(config, tokenizer_documents=None, allow_fewer=True)
+    assert prepared(own).tokenizer_hash == tokenizer_hash(train_tokenizer(STORIES[:5], VOCAB, kind))
     capsys.readouterr()
     whole = dataclasses.replace(config, tokenizer_documents=2119719)
     with pytest.raises(ValueError, match="tokenizer_documents=2119719, but the source has only 40: lower it, or take"):
@@ -195,10 +194,9 @@ def test_every_switch_is_other_data(tmp_path):
 
 
 def test_data_without_targets_is_refused(tmp_path):
-    path = write_jsonl(tmp_path / "in", train=["a b"], valid=["a"])
-    config = DataConfig(
-        name="text", path=path, tokenizer="words", rows="padded", append_eos=False, cache_dir=str(tmp_path / "cache")
-    )
+    path, cache = write_jsonl(tmp_path / "in", train=["a b"], valid=["a"]), str(tmp_path / "cache")
+    shape = dict(tokenizer="words", rows="padded", append_eos=False)
+    config = DataConfig(name="text", path=path, **shape, allow_fewer=True, cache_dir=cache)
     with pytest.raises(ValueError, match="no document has a second token"):
         prepared(config)
     with pytest.raises(ValueError, match=r"model\.max_seq_len=1 leaves no targets: use 2"):

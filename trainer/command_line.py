@@ -1,0 +1,58 @@
+"""The flags of `trainer/run.py`."""
+
+import argparse
+import difflib
+from typing import NoReturn
+
+from trainer.runfolder import REPOSITORY
+
+
+class Parser(argparse.ArgumentParser):
+    """Refuses in one line, without the usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises ValueError."""
+        flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
+        close = [near for word in message.split() for near in difflib.get_close_matches(word, flags, n=1, cutoff=0.7)]
+        hint = f"did you mean {close[0]}? " if close and close[0] not in message else ""
+        raise ValueError(f"{message}; {hint}see --help")
+
+
+def _not_empty(text: str) -> str:
+    """What a shell makes of a variable that is not set."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty")
+    return text
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The flags; everything else is a key of the experiment, changed with --set.
+
+    Raises:
+        ValueError: unknown flag, or a value that a flag cannot have.
+    """
+    parser = Parser(prog="trainer/run.py", description="Train a SoME language model.", allow_abbrev=False)
+    parser.add_argument(
+        "--ds_config",
+        type=_not_empty,
+        default=str(REPOSITORY / "ds_configs" / "zero2.json"),
+        metavar="FILE",
+        help="DeepSpeed JSON: precision and ZeRO stage (default: ds_configs/zero2.json)",
+    )
+    parser.add_argument(
+        "--experiment", type=_not_empty, default="quickstart", metavar="NAME|FILE.yaml", help="what to train; see --list"
+    )
+    parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="change one key of the experiment")
+    parser.add_argument("--output_dir", type=_not_empty, metavar="DIR", help="the run's folder (default: runs/<experiment>)")
+    parser.add_argument(
+        "--resume",
+        type=_not_empty,
+        default="auto",
+        metavar="auto|never|DIR",
+        help="auto: continue the run in output_dir; never: start anew and move an old run aside",
+    )
+    parser.add_argument("--max_steps", type=int, metavar="N", help="stop early; the schedule stays the experiment's")
+    parser.add_argument("--dry_run", action="store_true", help="print parameters, memory and traffic, and stop")
+    parser.add_argument("--list", action="store_true", help="print the shipped experiments, and stop")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
+    return parser.parse_args(arguments)

@@ -1,0 +1,155 @@
+"""Texts from outside: read with bounds and parsed safely, shown without what a terminal would obey.
+
+Whoever names a file may have named a pipe, a device or gigabytes by mistake, and whoever wrote a text may have put escape
+sequences into it.
+"""
+
+import json
+import reprlib
+import stat
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+MOST_BYTES = 2**20
+"""Largest settings file that is read; shipped ones have a few thousand bytes, and those of runs not many more."""
+MOST_BRACKETS = 50
+"""Deepest brackets in YAML, whose parser takes time in proportion to the square of them."""
+LONGEST_LINE = 1500
+"""Most characters of an error line; beyond, its middle is left out."""
+
+_repr = reprlib.Repr()
+_repr.maxstring = _repr.maxother = 120
+_repr.maxlong = 40
+_repr.maxlevel = 3
+
+
+def visible(text: str, keep: str = "") -> str:
+    """`text` with everything that does not print (control characters, ANSI escapes, bidirectional overrides, bytes of file
+    names that are no text) written as an escape such as `\\x1b`, but for the characters in `keep`."""
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
+def shown(value: Any) -> str:
+    """A value for an error message: its repr, cut short where it is long or deep."""
+    return _repr.repr(value)
+
+
+def error_line(error: Exception) -> str:
+    """The one line that a refused user sees: starts with `error: `, prints as it is, and keeps its end, the cure."""
+    line = visible(f"error: {' '.join(str(error).split())}")
+    if len(line) <= LONGEST_LINE:
+        return line
+    half = LONGEST_LINE // 2
+    return f"{line[:half]} ... {line[-half:]}"
+
+
+def read_yaml(path: Path, what: str) -> dict[str, Any]:
+    """The keys and values of a YAML file: plain data only, no key twice.
+
+    Args:
+        path: the file.
+        what: how errors call it, such as `--experiment FILE`.
+
+    Raises:
+        ValueError: a file that cannot be read, is not YAML, or holds something else.
+    """
+    try:
+        values = parse_yaml(_read(path, what))
+    except _Malformed as error:
+        raise ValueError(f"{what}: is not valid YAML ({error}); mend the file") from None
+    return _mapping(values, what)
+
+
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """The object in a JSON file, with no key twice; see `read_yaml`.
+
+    Raises:
+        ValueError: a file that cannot be read, is not JSON, or holds something else.
+    """
+    try:
+        values = json.loads(_read(path, what), object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:  # a whole number of thousands of digits is a plain ValueError
+        raise ValueError(f"{what}: is not JSON ({error}); mend the file") from None
+    return _mapping(values, what)
+
+
+class _Malformed(ValueError):
+    """Text that is not YAML; says where and why."""
+
+
+def parse_yaml(text: str) -> Any:
+    """The plain data that a YAML text holds.
+
+    Raises:
+        ValueError: not YAML, a tag that asks for more than plain data, or a key that stands twice.
+    """
+    try:
+        return _PlainLoader(text).get_single_data()
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise _Malformed(f"line {line}: {error.problem or error.context}") from None
+    except Exception as error:  # the library lets through what its constructors of dates, numbers and booleans raise
+        raise _Malformed(" ".join(str(error).split()) or type(error).__name__) from None
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """The library's safe loader, which would take the last of several values for a key and drop the others."""
+
+    def fetch_flow_collection_start(self, token: type) -> None:
+        """An opening bracket."""
+        if self.flow_level >= MOST_BRACKETS:
+            raise yaml.scanner.ScannerError(None, None, f"more than {MOST_BRACKETS} open brackets", self.get_mark())
+        super().fetch_flow_collection_start(token)
+
+    def construct_mapping(self, node: yaml.Node, deep: bool = False) -> dict:
+        """The mapping of `node`, once it is known to have no key twice."""
+        pairs = node.value if isinstance(node, yaml.MappingNode) else []
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"{key.value} stands twice", key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in values:
+            raise ValueError(f"{key} stands twice")
+        values[key] = value
+    return values
+
+
+def _read(path: Path, what: str) -> str:
+    try:
+        # Opening a pipe would wait for its writer, and a device may never end.
+        mode = path.stat().st_mode
+        if not stat.S_ISREG(mode):
+            raise ValueError(f"{what}: is a {kind_of(mode)}, not a file; give an existing file")
+        with path.open("rb") as file:
+            data = file.read(MOST_BYTES + 1)
+    except OSError as error:
+        raise ValueError(f"{what}: cannot be read ({error.strerror}); give an existing file") from None
+    if len(data) > MOST_BYTES:
+        raise ValueError(f"{what}: has over {MOST_BYTES:,} bytes, more than settings need; give another file")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        byte = f"byte {error.start} (0x{data[error.start]:02x})"
+        raise ValueError(f"{what}: is not text in UTF-8 ({byte}); convert it, for example with iconv") from None
+
+
+def kind_of(mode: int) -> str:
+    """What a path is that is no regular file, from its `st_mode`."""
+    kinds = {stat.S_IFDIR: "folder", stat.S_IFIFO: "named pipe", stat.S_IFSOCK: "socket"}
+    return kinds.get(stat.S_IFMT(mode), "device")
+
+
+def _mapping(values: Any, what: str) -> dict[str, Any]:
+    if not isinstance(values, dict):
+        raise ValueError(f"{what}: holds {type(values).__name__}, not keys and values; see the shipped ones")
+    return values
