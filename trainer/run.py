@@ -166,6 +166,8 @@ def run(arguments: argparse.Namespace, launch: Launch) -> int:
                 return train(trainer, signals, arguments.max_steps)
         finally:
             dist.destroy_process_group()
+            if job.lock is not None:
+                job.lock.release()
 
 
 def train(trainer: Trainer, signals: StopSignals, max_steps: int | None) -> int:
