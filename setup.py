@@ -27,6 +27,7 @@ setup(
         "pyarrow>=15",
         "tqdm>=4.66",
         "psutil>=5.9",
+        "rich>=13.7",
     ],
     extras_require={
         "bench": ["transformers>=4.51"],
@@ -41,6 +42,7 @@ setup(
             "some-study = tools.study:main",
             "some-padding = tools.padding:main",
             "some-plan = tools.plan:main",
+            "some-watch = tools.watch:main",
         ]
     },
 )
