@@ -11,7 +11,7 @@ setup(
     packages=find_packages(include=["modeling*", "trainer*", "tools*"]),
     package_data={
         "modeling": ["some/kernels/*"],
-        "tools": ["study.yaml", "machines.yaml"],
+        "tools": ["study.yaml", "machines.yaml", "expert_page.css"],
         "trainer": ["experiments/*.yaml", "experiments/published/*.yaml"],
     },
     install_requires=[
@@ -43,6 +43,7 @@ setup(
             "some-padding = tools.padding:main",
             "some-plan = tools.plan:main",
             "some-watch = tools.watch:main",
+            "some-inspect = tools.inspect_experts:main",
         ]
     },
 )
