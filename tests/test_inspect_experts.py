@@ -7,6 +7,8 @@ from html.parser import HTMLParser
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.distributed import run_ranks
 from tests.training import make_trainer, train
@@ -14,7 +16,7 @@ from tools import inspect_experts
 from tools.checkpoints import find_data, load_model
 from tools.expert_figures import MOST_CHANGED
 from tools.inspect_experts import inspect
-from trainer.checkpoint import read_state
+from trainer.checkpoint import KEYS, read_state
 from trainer.config import experiment_from_dict
 from trainer.data import open_data
 from trainer.resume import checkpoint_at
@@ -205,6 +207,18 @@ def test_the_validation_split_gives_the_loss_that_the_run_recorded(runs, kind):
     same = ("row", "position", "token", "next", "experts")
     first = [[token[key] for key in same] for token in figures["tokens"] if token["row"] < 2]
     assert [[token[key] for key in same] for token in fewer["tokens"]] == first
+
+
+def test_the_runs_left_their_boards(runs):
+    """With nothing set, the trainer writes them; the keys in the projector are those of the last evaluation."""
+    folder = runs / "chunks" / "tensorboard"
+    board = EventAccumulator(str(folder), size_guidance={"histograms": 0}).Reload()
+    assert [event.step for event in board.Scalars("loss/train")] == [1, 2, 3]
+    assert [event.step for event in board.Histograms("usage/layer_01")] == [0, 3]
+    saved = load_file(checkpoint_at(runs / "chunks").folder / KEYS)
+    for layer in range(2):
+        shown = torch.frombuffer(bytearray((folder / f"keys_layer_0{layer}.bytes").read_bytes()), dtype=torch.float32)
+        assert torch.equal(shown.view(8, 16), saved[f"{layer}/keys"])
 
 
 class Page(HTMLParser):

@@ -96,7 +96,8 @@ def test_status(tmp_path, records, age, lock, status, why):
 
 
 def test_what_a_snapshot_has(tmp_path):
-    odd = ["[1, 2]", "not json", '{"event": "train", "step": "four"}', '{"event": "train", "step": 4, "loss": null}']
+    odd = ["[1, 2]", "not json", '{"event": "train", "step": "four"}', '{"event": "train", "step": %s}' % ("9" * 400),
+           '{"event": "train", "step": 4, "loss": null, "seconds": NaN}']  # fmt: skip
     evaluation = EVALUATION | {"step": 2, "val_loss": 4.5, "seconds": 6.0}
     make_run(tmp_path / "run", [START, EVALUATION, *steps(1, 2), evaluation, *steps(3, 3), *odd])
     snapshot = only(tmp_path)

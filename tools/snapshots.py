@@ -102,7 +102,7 @@ def take(run: Run, name: str, now: float) -> Snapshot:
     records = [record for record in run.records if isinstance(record, dict) and _is_number(record.get("step"))]
     by_event = {event: [r for r in records if r.get("event") == event] for event in ("start", "train", "eval", "checkpoint")}
     start = next(reversed(by_event["start"]), {})
-    last_eval = next(reversed(by_event["eval"]), {})
+    last_eval, how = next(reversed(by_event["eval"]), {}), run.how if isinstance(run.how, dict) else {}
     silent = now - max((stat.st_mtime for name in FILES if (stat := _stat(run.folder / name))), default=now)
     status, why = _status(run, records, silent)
     step, total = max((record["step"] for record in records), default=0), _number(start, "total_steps")
@@ -122,8 +122,8 @@ def take(run: Run, name: str, now: float) -> Snapshot:
         val_loss=_number(last_eval, "val_loss"),
         tokens_per_second=statistics.median(rates) if rates else None,
         seconds_left=_seconds_left(records, step, total) if status == "running" else None,
-        ranks=_number(start, "world_size") or _number(run.how, "world_size"),
-        ep_size=_number(start, "ep_size") or _number(run.how, "ep_size"),
+        ranks=_number(start, "world_size") or _number(how, "world_size"),
+        ep_size=_number(start, "ep_size") or _number(how, "ep_size"),
         experts=experts,
         effective_experts=min(_numbers(layers, "effective_experts"), default=None),
         dead_experts=int(experts - min(used)) if used and experts is not None else None,
@@ -196,7 +196,8 @@ def _stat(path: Path) -> os.stat_result | None:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    # False for NaN and infinity, and for whole numbers that no float holds.
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 def _number(record: dict[str, Any], key: str) -> float | None:
