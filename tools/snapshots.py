@@ -29,7 +29,7 @@ STATUSES = ("running", "failed?", "failed", "stopped", "done")
 """In the order in which they are shown."""
 FILES = ("config.yaml", "metrics.jsonl", FAILED)
 RECENT = 20
-"""Steps from which speed and time left are told."""
+"""Recorded steps from which speed and time left are told."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,9 @@ class Snapshot:
     why: str
     """Of a failure or a stop; printable."""
     step: int
+    """The last that was recorded."""
     total_steps: int | None
+    """Of the schedule."""
     losses: list[float]
     """Of the recorded steps, nats per real token; NaN where it was not finite."""
     val_loss: float | None
@@ -53,9 +55,11 @@ class Snapshot:
     seconds_left: float | None
     """Of a run that is running, at the speed of its last RECENT recorded steps and its evaluations between them."""
     ranks: int | None
+    """As it was last started."""
     ep_size: int | None
+    """Ranks that share a pool."""
     experts: int | None
-    """A layer."""
+    """A layer; of a model that has some."""
     effective_experts: float | None
     """2 to the entropy of usage at the last evaluation, in the layer that has fewest."""
     dead_experts: int | None
