@@ -11,7 +11,7 @@ setup(
     packages=find_packages(include=["modeling*", "trainer*", "tools*"]),
     package_data={
         "modeling": ["some/kernels/*"],
-        "tools": ["study.yaml", "machines.yaml"],
+        "tools": ["study.yaml", "machines.yaml", "expert_page.css"],
         "trainer": ["experiments/*.yaml", "experiments/published/*.yaml"],
     },
     install_requires=[
@@ -27,6 +27,7 @@ setup(
         "pyarrow>=15",
         "tqdm>=4.66",
         "psutil>=5.9",
+        "rich>=13.7",
     ],
     extras_require={
         "bench": ["transformers>=4.51"],
@@ -41,6 +42,8 @@ setup(
             "some-study = tools.study:main",
             "some-padding = tools.padding:main",
             "some-plan = tools.plan:main",
+            "some-watch = tools.watch:main",
+            "some-inspect = tools.inspect_experts:main",
         ]
     },
 )

@@ -12,7 +12,6 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -26,10 +25,10 @@ from modeling.some.balance import plan
 from modeling.some.placement import Placement
 from tools.balance_time import Replay, time_ways
 from tools.bench_table import BenchmarkFailed, spread
+from tools.checkpoints import find_data
 from tools.runs import EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED, stop_on_signals
 from trainer.checkpoint import KEYS
-from trainer.config import Experiment, experiment_from_dict
-from trainer.data import check_source, open_data, prepare_data
+from trainer.config import experiment_from_dict
 from trainer.plan import GIB, expert_bytes
 from trainer.resume import checkpoint_at
 from trainer.text import error_line
@@ -100,7 +99,7 @@ def measure(
     if not all(any(load_E) for load_E in load_LE):
         raise ValueError(f"{folder}: no tokens were counted up to step {state.step}; give a checkpoint of a trained model")
     E, size = some.num_experts, expert_bytes(model, 2 if state.precision == "bf16" else 4)
-    data = _data(experiment, data_path, state.data_fingerprint) if repeats else None
+    data = find_data(experiment, data_path, state.data_fingerprint) if repeats else None
     rows = []
     for P in ranks or [P for P in RANKS if E % P == 0]:
         contiguous = Placement.contiguous(E, P)
@@ -155,17 +154,6 @@ def table(figures: dict[str, Any]) -> str:
             f"| {row['replicas']:.1f} | {row['pool_bytes_a_rank'] / GIB:.3f} |{time}"
         )
     return "\n".join(lines)
-
-
-def _data(experiment: Experiment, path: str | None, fingerprint: str) -> Path:
-    """The tokenised data that the checkpoint was trained on."""
-    data, model = experiment.data, experiment.model
-    data = data if path is None else replace(data, path=path)
-    check_source(data)
-    folder = prepare_data(data, model.vocab_size, model.max_seq_len, experiment.seed)
-    if open_data(folder).fingerprint != fingerprint:
-        raise ValueError(f"data.path = {data.path}: the run was trained on other data; name its place with --data_path")
-    return folder
 
 
 def _repeats(number: int) -> int:

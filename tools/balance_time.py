@@ -15,13 +15,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from modeling import build_model
 from modeling.some import Routing
 from modeling.some.exchange import AllToAllExchange
 from modeling.some.experts import FrozenExpertPool
 from modeling.some.placement import Placement
 from tools.bench_ranks import ask, started
-from trainer.checkpoint import load_checkpoint, read_state
+from tools.checkpoints import dtype_of, load_model
+from trainer.checkpoint import read_state
 from trainer.config import Experiment
 from trainer.data import micro_batches, open_data
 from trainer.distributed import Launch, Layout
@@ -102,11 +102,7 @@ def _record(replay: Replay) -> list[list[Routing]]:
     """Of each micro batch of this rank, how every layer routes it."""
     experiment, rank, ranks = replay.experiment, dist.get_rank(), dist.get_world_size()
     state, dataset = read_state(replay.checkpoint), open_data(replay.data)
-    dtype = _dtype(state.precision)
-    model = build_model(experiment.model, experiment.seed, dist.group.WORLD, dtype)
-    core = load_checkpoint(replay.checkpoint, state, [layer.store for layer in model.some_layers])
-    for name, parameter in model.named_parameters():
-        parameter.data = core.parameters.get(name, parameter.data).to(dtype)
+    model = load_model(replay.checkpoint, state, experiment, dist.group.WORLD)
     sequence_ids = train_order(experiment, dataset).sequence_ids(state.step)
     batches = micro_batches(dataset.train, sequence_ids, rank, ranks, replay.micro_batch)
     return [model(b.input_ids_BS, b.routing_mask, targets_BS=b.targets_BS).routing for b in batches]
@@ -117,7 +113,7 @@ class _Layer:
 
     def __init__(self, replay: Replay, layer: int, routing: list[Routing]):
         experiment, rank = replay.experiment, dist.get_rank()
-        some, dtype = experiment.model.some, _dtype(read_state(replay.checkpoint).precision)
+        some, dtype = experiment.model.some, dtype_of(read_state(replay.checkpoint).precision)
         self.ways = {}
         for name, placements in replay.ways.items():
             placement = placements[layer]
@@ -138,7 +134,3 @@ class _Layer:
             x_TD.grad = gates_TK.grad = None
             exchange(x_TD, gates_TK, expert_ids_TK, pool).backward(grad_TD)
         return 1e3 * (time.perf_counter() - began)
-
-
-def _dtype(precision: str) -> torch.dtype:
-    return torch.bfloat16 if precision == "bf16" else torch.float32

@@ -298,6 +298,8 @@ class Trainer:
         self._record(
             "eval", step=step, epoch=step / self.order.steps_per_epoch, **measured, seconds=time.perf_counter() - began
         )
+        if self.log is not None:
+            self.log.show_stores(step, self.stores)
         experts = [layer["effective_experts"] for layer in measured["layers"]]
         routed = f"; effective experts {min(experts):.1f} to {max(experts):.1f}" if experts else ""
         self.console.say(

@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,9 @@ import torch.nn.functional as F
 from modeling.some import KeyStatistics, KeyStore, Routing
 from modeling.some.placement import Placement
 from trainer.storage import StorageError, describe_free
+
+if TYPE_CHECKING:
+    from trainer.board import Board
 
 
 def gini(usage_E: torch.Tensor) -> float:
@@ -126,24 +129,20 @@ def accumulate_statistics(
 
 
 class RunLog:
-    """Appends one JSON object a line to `metrics.jsonl` and mirrors numbers to TensorBoard; rank 0 only.
+    """Appends one JSON object a line to `metrics.jsonl` and shows it on the run's board, if it has one; rank 0 only.
 
     On resume, records after the resumed step are dropped, so that every step appears once; with `evaluates` also the
     resumed step's evaluation, which is about to be made again. Methods raise StorageError where the disk takes no more.
     """
 
-    def __init__(self, output_dir: Path, resumed_step: int, tensorboard: bool, evaluates: bool = False):
+    def __init__(self, output_dir: Path, resumed_step: int, board: "Board | None" = None, evaluates: bool = False):
         self._path = output_dir / "metrics.jsonl"
         with self._storage():
             output_dir.mkdir(parents=True, exist_ok=True)
             if self._path.exists():
                 self._drop_after(resumed_step, evaluates)
             self._file = open(self._path, "a", encoding="utf-8", buffering=1)
-        self._board = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(str(output_dir / "tensorboard"), purge_step=resumed_step + 1 if resumed_step else 0)
+        self._board = board
 
     def _drop_after(self, step: int, evaluates: bool) -> None:
         kept = []
@@ -166,8 +165,14 @@ class RunLog:
         clean = {key: _finite(value) for key, value in values.items()}
         with self._storage():
             self._file.write(json.dumps({"event": event, **clean}) + "\n")
-            if self._board is not None and "step" in values:
-                self._mirror(event, values)
+            if self._board is not None:
+                self._board.write(event, values)
+
+    def show_stores(self, step: int, stores: list[KeyStore]) -> None:
+        """The key stores at an evaluation, for the board only."""
+        if self._board is not None:
+            with self._storage():
+                self._board.show_stores(step, stores)
 
     def sync(self) -> None:
         """Bring every record down to the disk: a checkpoint must not outlive the records of its steps."""
@@ -183,22 +188,6 @@ class RunLog:
                 f"{self._path}: cannot be written ({error.strerror}), {describe_free(self._path.parent)}; make room and "
                 f"give the same command again"
             ) from error
-
-    def _mirror(self, event: str, values: dict[str, Any]) -> None:
-        step = values["step"]
-        for key, value in values.items():
-            if key != "step" and isinstance(value, int | float) and event in ("train", "eval"):
-                self._board.add_scalar(f"{event}/{key}", value, step)
-        layers = values.get("layers") or [{}]
-        # Smallest, mean and largest over layers: the number of curves does not grow with layers or experts.
-        for key in layers[0].keys() - {"layer"}:
-            over_layers = [layer[key] for layer in layers]
-            for name, value in {
-                "min": min(over_layers), "mean": sum(over_layers) / len(over_layers), "max": max(over_layers)
-            }.items():  # fmt: skip
-                self._board.add_scalar(f"routing/{key}/{name}", value, step)
-        if event == "eval":
-            self._board.flush()
 
     def close(self) -> None:
         self._file.close()

@@ -308,7 +308,7 @@ def prepare_trainer(job: Job, data_folder: Path, device: torch.device) -> Traine
     for split in ("train", "validation"):
         sizes = ", ".join(f"{value:,} {name}" for name, value in dataset.summary[split].items())
         console.say(f"{split} data: {sizes}")
-    log = RunLog(job.output_dir, state.step, experiment.log.tensorboard, state.evaluation_due) if is_first else None
+    log = open_log(job.output_dir, experiment, state) if is_first else None
     report_start(job, state.step, load_seconds, console, log)
     return Trainer(
         experiment=experiment,
@@ -322,6 +322,16 @@ def prepare_trainer(job: Job, data_folder: Path, device: torch.device) -> Traine
         console=console,
         key_group=key_store_group(experiment.parallel.timeout_minutes),
     )
+
+
+def open_log(output_dir: Path, experiment: Experiment, state: RunState) -> RunLog:
+    """The run's records from its state on, with a board if the settings say so."""
+    board = None
+    if experiment.log.tensorboard:
+        from trainer.board import Board  # half a second, which a run without it need not wait
+
+        board = Board(output_dir / "tensorboard", experiment, state.total_steps, state.step)
+    return RunLog(output_dir, state.step, board, state.evaluation_due)
 
 
 def report_start(job: Job, step: int, load_seconds: float, console: Console, log: RunLog | None) -> None:

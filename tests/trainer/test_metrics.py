@@ -136,7 +136,7 @@ def test_padding_that_agrees_looks_like_inequality(measured):
 
 
 def test_log_writes_json_lines_without_nan(tmp_path):
-    log = RunLog(tmp_path, resumed_step=0, tensorboard=False)
+    log = RunLog(tmp_path, resumed_step=0)
     log.write("train", step=1, loss=math.nan, grad_norm=math.inf, lr=0.5)
     log.close()
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {
@@ -145,14 +145,14 @@ def test_log_writes_json_lines_without_nan(tmp_path):
 
 
 def test_resumed_log_has_every_step_once(tmp_path):
-    log = RunLog(tmp_path, resumed_step=0, tensorboard=False)
+    log = RunLog(tmp_path, resumed_step=0)
     for step in range(1, 6):
         log.write("train", step=step, loss=1.0)
     log.write("end", step=5)
     log.close()
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"event": "train", "st')  # a crash cuts a line short
-    log = RunLog(tmp_path, resumed_step=3, tensorboard=False)
+    log = RunLog(tmp_path, resumed_step=3)
     log.write("train", step=4, loss=2.0)
     log.close()
     kept = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -160,13 +160,13 @@ def test_resumed_log_has_every_step_once(tmp_path):
 
 
 def test_a_log_drops_the_evaluation_that_is_made_again(tmp_path):
-    log = RunLog(tmp_path, resumed_step=0, tensorboard=False)
+    log = RunLog(tmp_path, resumed_step=0)
     for step in (2, 3):
         log.write("train", step=step)
         log.write("eval", step=step)
     log.close()
     for evaluates, last in [(False, "eval"), (True, "train")]:
-        RunLog(tmp_path, resumed_step=3, tensorboard=False, evaluates=evaluates).close()
+        RunLog(tmp_path, resumed_step=3, evaluates=evaluates).close()
         kept = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
         assert [r["event"] for r in kept[:3]] == ["train", "eval", "train"]
         assert kept[-1] == {"event": last, "step": 3}
@@ -174,7 +174,7 @@ def test_a_log_drops_the_evaluation_that_is_made_again(tmp_path):
 
 def test_a_run_that_starts_over_logs_as_if_for_the_first_time(tmp_path):
     for _ in range(2):
-        log = RunLog(tmp_path, resumed_step=0, tensorboard=False)
+        log = RunLog(tmp_path, resumed_step=0)
         log.write("start", step=0)
         log.write("eval", step=0, val_loss=5.0)
         log.write("train", step=1, loss=4.0)
@@ -184,27 +184,10 @@ def test_a_run_that_starts_over_logs_as_if_for_the_first_time(tmp_path):
 
 
 def test_a_full_disk_is_said_in_one_line(tmp_path):
-    log = RunLog(tmp_path, resumed_step=0, tensorboard=False)
+    log = RunLog(tmp_path, resumed_step=0)
     log._file.close()
     log._file = open("/dev/full", "w", buffering=1)
     with pytest.raises(
         StorageError, match=r"metrics.jsonl: cannot be written \(No space left on device\), .* MB free; make"
     ):
         log.write("train", step=1, loss=4.0)
-
-
-def test_tensorboard_curves_do_not_grow_with_layers(tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    tags = []
-    for layers in (2, 9):
-        folder = tmp_path / str(layers)
-        log = RunLog(folder, resumed_step=0, tensorboard=True)
-        log.write("train", step=1, loss=3.0, lr=0.1)
-        log.write("eval", step=1, val_loss=2.0, layers=[{"layer": n, "gini": n / 10} for n in range(layers)])
-        log.close()
-        board = EventAccumulator(str(folder / "tensorboard")).Reload()
-        tags.append(sorted(board.Tags()["scalars"]))
-        assert board.Scalars("routing/gini/max")[0].value == pytest.approx((layers - 1) / 10)
-        assert board.Scalars("train/loss")[0].value == 3.0
-    assert tags[0] == tags[1]

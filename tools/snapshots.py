@@ -1,0 +1,212 @@
+"""Where the runs below a folder stand, from the files that they leave; for `tools/watch.py`.
+
+A run is
+- `done` or `stopped` where the last line of its `metrics.jsonl` is an end: that of the schedule, or one before it;
+- `failed` where a tool has noted so, where its files cannot be read, or where the process that holds its lock is of this
+  machine and gone;
+- `failed?` where there is no end, and no line for `parallel.timeout_minutes`, after which the trainer ends a run that hangs,
+  nor for three times as long as its longest step, evaluation or checkpoint took;
+- `running` else.
+"""
+
+import math
+import os
+import re
+import socket
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tools.runs import FAILED, Run, read_run
+from trainer.config import ParallelConfig
+from trainer.lock import NAME as LOCK
+from trainer.text import visible
+
+STATUSES = ("running", "failed?", "failed", "stopped", "done")
+"""In the order in which they are shown."""
+FILES = ("config.yaml", "metrics.jsonl", FAILED)
+RECENT = 20
+"""Recorded steps from which speed and time left are told."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """One run now. None = not known (yet)."""
+
+    name: str
+    """Its folder, below the one that is watched; printable."""
+    status: str
+    """One of STATUSES."""
+    why: str
+    """Of a failure or a stop; printable."""
+    step: int
+    """The last that was recorded."""
+    total_steps: int | None
+    """Of the schedule."""
+    losses: list[float]
+    """Of the recorded steps, nats per real token; NaN where it was not finite."""
+    val_loss: float | None
+    """Of the last evaluation, nats per real token."""
+    tokens_per_second: float | None
+    """Median of the last RECENT recorded steps."""
+    seconds_left: float | None
+    """Of a run that is running, at the speed of its last RECENT recorded steps and its evaluations between them."""
+    ranks: int | None
+    """As it was last started."""
+    ep_size: int | None
+    """Ranks that share a pool."""
+    experts: int | None
+    """A layer; of a model that has some."""
+    effective_experts: float | None
+    """2 to the entropy of usage at the last evaluation, in the layer that has fewest."""
+    dead_experts: int | None
+    """Experts that no validation token chose at the last evaluation, in the layer that has most of them."""
+    silent_seconds: float
+    """Since its files last changed."""
+
+
+class Watched:
+    """The runs below a folder. What has not changed is not read again."""
+
+    def __init__(self, root: Path):
+        """Raises ValueError where there is no such folder."""
+        if not root.is_dir():
+            raise ValueError(f"{root}: no such folder; give one with runs in it or below it")
+        self._root = root
+        self._read: dict[Path, tuple[list, Run]] = {}
+
+    def folders(self) -> list[Path]:
+        """Of all runs, by name."""
+        return sorted(_run_folders(self._root))
+
+    def snapshots(self) -> list[Snapshot]:
+        """All runs: those that go on first, then by the time of their last line, newest first."""
+        found = []
+        for folder in self.folders():
+            stamp = stamp_of(folder)
+            if folder not in self._read or self._read[folder][0] != stamp:
+                self._read[folder] = stamp, read_run(folder)
+            name = "." if folder == self._root else str(folder.relative_to(self._root))
+            found.append(take(self._read[folder][1], name, time.time()))
+        return sorted(found, key=lambda snapshot: (STATUSES.index(snapshot.status), snapshot.silent_seconds))
+
+
+def stamp_of(folder: Path) -> list[tuple[int, int] | None]:
+    """Differs when a file of the run does."""
+    stats = [_stat(folder / name) for name in FILES]
+    return [None if stat is None else (stat.st_mtime_ns, stat.st_size) for stat in stats]
+
+
+def take(run: Run, name: str, now: float) -> Snapshot:
+    """A run as it is `now`, in seconds since 1970."""
+    # What others may have written into the file is no reason to stop watching.
+    records = [record for record in run.records if isinstance(record, dict) and _is_number(record.get("step"))]
+    by_event = {event: [r for r in records if r.get("event") == event] for event in ("start", "train", "eval", "checkpoint")}
+    start = next(reversed(by_event["start"]), {})
+    last_eval, how = next(reversed(by_event["eval"]), {}), run.how if isinstance(run.how, dict) else {}
+    silent = now - max((stat.st_mtime for name in FILES if (stat := _stat(run.folder / name))), default=now)
+    status, why = _status(run, records, silent)
+    step, total = max((record["step"] for record in records), default=0), _number(start, "total_steps")
+    model = None if run.experiment is None else run.experiment.model
+    experts = model.some.num_experts if model is not None and model.channel_mixer == "some" else None
+    layers = last_eval.get("layers")
+    layers = [layer for layer in layers if isinstance(layer, dict)] if isinstance(layers, list) else []
+    used = _numbers(layers, "experts_used")
+    rates = _numbers(by_event["train"][-RECENT:], "tokens_per_second")
+    return Snapshot(
+        name=visible(name),
+        status=status,
+        why=visible(why),
+        step=int(step),
+        total_steps=None if total is None else int(total),
+        losses=[value if (value := _number(record, "loss")) is not None else math.nan for record in by_event["train"]],
+        val_loss=_number(last_eval, "val_loss"),
+        tokens_per_second=statistics.median(rates) if rates else None,
+        seconds_left=_seconds_left(records, step, total) if status == "running" else None,
+        ranks=_number(start, "world_size") or _number(how, "world_size"),
+        ep_size=_number(start, "ep_size") or _number(how, "ep_size"),
+        experts=experts,
+        effective_experts=min(_numbers(layers, "effective_experts"), default=None),
+        dead_experts=int(experts - min(used)) if used and experts is not None else None,
+        silent_seconds=max(0.0, silent),
+    )
+
+
+def _status(run: Run, records: list[dict[str, Any]], silent: float) -> tuple[str, str]:
+    """Status and reason, by the rule above."""
+    if run.failure:
+        return "failed", run.failure
+    if records and records[-1].get("event") == "end":
+        if records[-1].get("finished"):
+            return "done", ""
+        return "stopped", f"by {records[-1]['stopped_by']}" if "stopped_by" in records[-1] else "as --max_steps asked"
+    process = _owner(run.folder)
+    if process is not None and not _is_alive(process):
+        return "failed", f"process {process} is gone, without an end in metrics.jsonl"
+    parallel = ParallelConfig() if run.experiment is None else run.experiment.parallel
+    if silent > max(60 * parallel.timeout_minutes, 3 * max(_numbers(records, "seconds"), default=0)):
+        return "failed?", f"no end, and no line for {silent / 3600:.1f} hours"
+    return "running", ""
+
+
+def _owner(folder: Path) -> int | None:
+    """The process that holds the run's lock, or did when it was killed; None where that is on another machine."""
+    try:
+        text = (folder / LOCK).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    match = re.match(r"host (\S+) process (\d+)\b", text)
+    return int(match[2]) if match and match[1] == socket.gethostname() else None
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
+
+
+def _seconds_left(records: list[dict[str, Any]], step: float, total: float | None) -> float | None:
+    """Steps left times what a step took of late, with the evaluations and checkpoints between."""
+    steps = [place for place, record in enumerate(records) if record.get("event") == "train"][-RECENT:]
+    times = _numbers([records[place] for place in steps], "seconds")
+    if total is None or not times:
+        return None
+    recent = records[steps[0] :]
+    covered = max(1, records[steps[-1]]["step"] - records[steps[0]]["step"] + 1)
+    others = sum(_numbers([r for r in recent if r.get("event") in ("eval", "checkpoint")], "seconds"))
+    return max(0, total - step) * (statistics.fmean(times) + others / covered)
+
+
+def _run_folders(folder: Path) -> Iterator[Path]:
+    for parent, names, files in os.walk(folder):
+        if "metrics.jsonl" in files or "config.yaml" in files:
+            yield Path(parent)
+            names.clear()
+        names[:] = [name for name in names if not name.startswith(".")]
+
+
+def _stat(path: Path) -> os.stat_result | None:
+    try:
+        return path.stat()
+    except OSError:
+        return None
+
+
+def _is_number(value: Any) -> bool:
+    # False for NaN and infinity, and for whole numbers that no float holds.
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
+
+
+def _number(record: dict[str, Any], key: str) -> float | None:
+    return record[key] if _is_number(record.get(key)) else None
+
+
+def _numbers(records: list[dict[str, Any]], key: str) -> list[float]:
+    return [record[key] for record in records if _is_number(record.get(key))]
