@@ -11,7 +11,7 @@ setup(
     packages=find_packages(include=["modeling*", "trainer*", "tools*"]),
     package_data={
         "modeling": ["some/kernels/*"],
-        "tools": ["study.yaml", "machines.yaml"],
+        "tools": ["study.yaml", "machines.yaml", "reporting/page.*", "reporting/*.js"],
         "trainer": ["experiments/*.yaml", "experiments/published/*.yaml"],
     },
     install_requires=[
@@ -32,6 +32,8 @@ setup(
         "bench": ["transformers>=4.51"],
         "dev": ["pytest>=8", "ruff>=0.9"],
         "plot": ["matplotlib>=3.8"],
+        "report": ["plotly>=6"],
+        "umap": ["umap-learn>=0.5.7"],
     },
     entry_points={
         "console_scripts": [
@@ -41,6 +43,7 @@ setup(
             "some-study = tools.study:main",
             "some-padding = tools.padding:main",
             "some-plan = tools.plan:main",
+            "some-report = tools.report:main",
         ]
     },
 )
