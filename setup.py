@@ -11,7 +11,7 @@ setup(
     packages=find_packages(include=["modeling*", "trainer*", "tools*"]),
     package_data={
         "modeling": ["some/kernels/*"],
-        "tools": ["study.yaml", "machines.yaml", "expert_page.css"],
+        "tools": ["study.yaml", "machines.yaml", "expert_page.css", "reporting/page.*", "reporting/*.js"],
         "trainer": ["experiments/*.yaml", "experiments/published/*.yaml"],
     },
     install_requires=[
@@ -31,8 +31,10 @@ setup(
     ],
     extras_require={
         "bench": ["transformers>=4.51"],
-        "dev": ["pytest>=8", "ruff>=0.9"],
+        "dev": ["pytest>=8", "ruff>=0.9", "plotly>=6", "playwright>=1.50"],
         "plot": ["matplotlib>=3.8"],
+        "report": ["plotly>=6"],
+        "umap": ["umap-learn>=0.5.7"],
     },
     entry_points={
         "console_scripts": [
@@ -44,6 +46,7 @@ setup(
             "some-plan = tools.plan:main",
             "some-watch = tools.watch:main",
             "some-inspect = tools.inspect_experts:main",
+            "some-report = tools.report:main",
         ]
     },
 )

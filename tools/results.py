@@ -44,6 +44,11 @@ def measure(evaluation: dict[str, Any], experiment: Experiment) -> dict[str, flo
     return {name: values.get(name) for name in MEASURES}
 
 
+def rule_name(rules: KeyRules) -> str:
+    """The preset that the rules are, or `own`."""
+    return next((name for name in RULE_PRESETS if KeyRules.preset(name) == rules), "own")
+
+
 def shortages(run: Run) -> list[str]:
     """`train 9,000 of 10,000` where the source had fewer documents than the run asks for."""
     data, texts = run.how.get("data", {}), []
@@ -202,9 +207,7 @@ class Row:
     @property
     def rule_version(self) -> str:
         """The published version, or the preset of an own experiment."""
-        rules = self.asked.model.some.rules
-        own = next((name for name in RULE_PRESETS if KeyRules.preset(name) == rules), "own")
-        return self.published.rule_version if self.published else own
+        return self.published.rule_version if self.published else rule_name(self.asked.model.some.rules)
 
     @property
     def remarks(self) -> list[str]:

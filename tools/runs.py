@@ -38,6 +38,8 @@ class Run:
     """Section `run` of its config.yaml."""
     records: list[dict[str, Any]] = field(default_factory=list)
     """Its metrics.jsonl."""
+    unreadable_lines: int = 0
+    """Lines of it that are no records: cut short by a crash, being written, or damaged."""
     failure: str | None = None
     """Why it failed when it was last started."""
 
@@ -101,18 +103,39 @@ def read_run(folder: Path, seed: int = 0) -> Run:
         values = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
         run.how = values.pop("run", {})
         run.experiment = experiment_from_dict(values)
-        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        run.records, run.unreadable_lines = read_records(folder / "metrics.jsonl")
     except FileNotFoundError:
         return run
     except (OSError, AttributeError, ValueError, yaml.YAMLError) as error:
         run.failure = f"cannot be read: {' '.join(str(error).split())}"
-        return run
-    for line in lines:
-        try:
-            run.records.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue  # cut short by a crash, or being written
     return run
+
+
+def read_records(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The records in a metrics.jsonl, and how many lines are none.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    records, unreadable = [], 0
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+            _check_record(record)
+            records.append(record)
+        except (ValueError, RecursionError):
+            unreadable += 1
+    return records, unreadable
+
+
+def _check_record(record: Any) -> None:
+    """Raises:
+    ValueError: not what the trainer writes, in what every reader relies on.
+    """
+    if not isinstance(record, dict) or not isinstance(record.get("event"), str) or type(record.get("step")) is not int:
+        raise ValueError("no event or no step")
+    if record["event"] == "eval" and not (isinstance(record.get("layers"), list) and "val_loss" in record):
+        raise ValueError("an evaluation without a loss or layers")
 
 
 def command(

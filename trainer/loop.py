@@ -268,6 +268,7 @@ class Trainer:
                 tokens_per_second=rate_of_tokens,
                 seconds=seconds,
                 skipped=self.state.skipped,
+                key_movement=[float(store.moved) if result.applied else 0.0 for store in self.stores],
             )
 
     def _report_plan(self, plan: dict | None) -> None:

@@ -42,6 +42,19 @@ def entropy_bits(usage_E: torch.Tensor) -> float:
     return float(-(share_E * share_E.log2()).sum()) + 0.0
 
 
+MOST_PAIRS = 10
+"""How many pairs of experts an evaluation names."""
+
+
+def most_coselected(pairs_EE: torch.Tensor) -> list[list[int]]:
+    """The pairs of experts that most tokens chose together, most first: [expert, expert, tokens]; equal ones by number."""
+    left_P, right_P = torch.triu_indices(*pairs_EE.shape, offset=1, device=pairs_EE.device)
+    tokens_P = pairs_EE[left_P, right_P]
+    order_P = tokens_P.argsort(descending=True, stable=True)[:MOST_PAIRS]
+    rows = torch.stack([left_P[order_P], right_P[order_P], tokens_P[order_P]], dim=1).tolist()
+    return [row for row in rows if row[2] > 0]
+
+
 class RoutingMeter:
     """Collects how each layer routes tokens over an evaluation, on all ranks: the real ones, and all that are routed."""
 
@@ -64,14 +77,14 @@ class RoutingMeter:
             largest_T = record.gates_TK[real_T].amax(-1)
             self._gates[layer] += torch.stack([largest_T.double().sum(), real_T.sum()])
 
-    def result(self, placements: list[Placement]) -> list[dict[str, float]]:
+    def result(self, placements: list[Placement]) -> list[dict[str, Any]]:
         """One record a layer, from the sums over all ranks and where the layer's experts lie; a collective."""
         for layer, stats in enumerate(self._statistics):
             for sums in (stats.counts_EK, stats.pairs_EE, self._routed[layer], self._squares[layer], self._gates[layer]):
                 dist.all_reduce(sums)
         return [self._layer(layer, placements[layer]) for layer in range(len(self.stores))]
 
-    def _layer(self, layer: int, placement: Placement) -> dict[str, float]:
+    def _layer(self, layer: int, placement: Placement) -> dict[str, Any]:
         store, stats, routed_E = self.stores[layer], self._statistics[layer], self._routed[layer]
         counts_E, (E, K) = stats.counts_EK.sum(1).long(), stats.counts_EK.shape
         unit_ED = F.normalize(store.keys, dim=-1)
@@ -100,6 +113,8 @@ class RoutingMeter:
             "coselected_cosine": float((stats.pairs_EE * (unit_ED @ unit_ED.T)).sum() / pair_total) if pair_total else 0.0,
             "largest_gate": gates / tokens if tokens else 0.0,
             "respawns": int(store.respawns),
+            "expert_counts": counts_E.tolist(),
+            "coselected": most_coselected(stats.pairs_EE),
         }
 
 

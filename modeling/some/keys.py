@@ -31,6 +31,7 @@ class KeyStore(nn.Module):
         health: (E,) fp32 in (0, 1]; moves with `decay = health` only.
         respawns: () int64, keys put on a token since the start.
         steps: int, updates applied.
+        moved: () fp32, mean distance that a key went in the last update, respawns apart; no buffer, since it is only told.
     """
 
     def __init__(self, num_experts: int, d_model: int, top_k: int, rules: KeyRules, seed: int = 0, layer: int = 0):
@@ -42,6 +43,7 @@ class KeyStore(nn.Module):
         self.register_buffer("usage_mass", torch.zeros(num_experts))
         self.register_buffer("health", torch.ones(num_experts))
         self.register_buffer("respawns", torch.zeros((), dtype=torch.int64))
+        self.moved = torch.zeros(())
 
     def _apply(self, fn, recurse=True):
         """Follow a move to another device but not a change of dtype: routing and keys are fp32."""
@@ -153,6 +155,7 @@ class KeyStore(nn.Module):
         if rules.decay == "health" and self._decays_now:
             rare_E = self.share(self.usage, self.steps) < rules.theta_percentile / len(self.keys)
             self.health.copy_(torch.where(rare_E, (1 - rules.delta) * self.health, 1.0))
+        self.moved = (keys_ED - self.keys).norm(dim=-1).mean()
         self.keys.copy_(keys_ED)
 
     def dead_experts(self) -> torch.Tensor:

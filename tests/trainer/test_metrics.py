@@ -2,6 +2,8 @@
 
 import json
 import math
+from collections import Counter
+from itertools import combinations
 
 import pytest
 import torch
@@ -118,6 +120,11 @@ def test_routing_is_measured_over_all_ranks(measured, padding):
             "largest_gate": sum(largest_T.tolist()) / len(ids_TK),
             "respawns": layer,
         }
+        assert ours.pop("expert_counts") == counts_E.tolist()
+        pairs = Counter(pair for ids in ids_TK.tolist() for pair in combinations(sorted(ids), 2))
+        named = {(left, right): tokens for left, right, tokens in ours.pop("coselected")}
+        assert list(named.values()) == sorted(pairs.values(), reverse=True)[:10]
+        assert all(pairs[pair] == tokens for pair, tokens in named.items())
         if padding:
             expected |= {
                 "gini_with_padding": oracle.gini(routed_E),

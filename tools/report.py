@@ -1,0 +1,187 @@
+"""One page of any number of runs, to read offline and to keep, with its tables as files beside it.
+
+    python tools/report.py runs/study runs/a4 -o report.html       # also results.csv and report.md in the same folder
+    python tools/report.py runs --baseline runs/study/attention_only --price 2.5 --watts 700
+
+A run is a folder with config.yaml or metrics.jsonl; other folders are searched for such. Only those two files and the
+checkpoints' key stores are read, so runs may be unfinished, running, crashed or damaged.
+"""
+
+import argparse
+import os
+import sys
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+if __name__ == "__main__":
+    sys.path[0] = str(REPOSITORY)
+
+from tools.reporting.compare import Variant, check_same_data, common_step, comparison, variants
+from tools.reporting.cost import cost_rows
+from tools.reporting.health import RULES, STATUSES
+from tools.reporting.page import page, page_data
+from tools.reporting.table import COLUMNS, Entry, to_csv, to_markdown
+from tools.runs import EXIT_REFUSED, read_records, read_run
+from trainer.storage import write_text_atomically
+from trainer.text import error_line, visible
+
+CSV, MARKDOWN = "results.csv", "report.md"
+MARKS = ("config.yaml", "metrics.jsonl")
+"""By either of these a run's folder is known."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a reader may choose."""
+
+    baseline: str | None = None
+    """The variant that others are compared with; None = the first run's."""
+    mixed_data: bool = False
+    """Show runs whose validation data differ on one page."""
+    watts: float | None = None
+    """Power of a rank."""
+    price: float | None = None
+    """Of a rank for an hour."""
+    plotly: Path | None = None
+    """A build of plotly.js; None = that of the `plotly` package."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
+    chosen = parse_arguments(arguments)
+    try:
+        settings = Settings(chosen.baseline, chosen.mixed_data, chosen.watts, chosen.price, chosen.plotly)
+        count = write_report(chosen.runs, chosen.output, settings)
+    except ValueError as error:
+        print(error_line(error), file=sys.stderr)
+        sys.exit(EXIT_REFUSED)
+    print(visible(f"{count} run(s): {chosen.output}, {', '.join((CSV, MARKDOWN))} beside it"))
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The flags."""
+    parser = argparse.ArgumentParser(prog="tools/report.py", description="One page of any number of runs.")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUNS", help="runs' folders, or folders that hold some")
+    parser.add_argument("-o", "--output", type=Path, default=Path("report.html"), metavar="FILE", help="(report.html)")
+    parser.add_argument("--baseline", metavar="NAME", help="the variant to compare with, as the page names it")
+    parser.add_argument("--mixed_data", action="store_true", help="show runs whose validation data differ on one page")
+    parser.add_argument("--watts", type=float, metavar="W", help="power of a rank, for the energy")
+    parser.add_argument("--price", type=float, metavar="P", help="price of a rank for an hour")
+    parser.add_argument("--plotly", type=Path, metavar="FILE", help="a build of plotly.js to embed, such as a smaller one")
+    return parser.parse_args(arguments)
+
+
+def write_report(folders: list[Path], output: Path, settings: Settings = Settings()) -> int:
+    """Write the page to `output`, and its tables beside it; how many runs it has.
+
+    Raises:
+        ValueError: no such folder, an unknown baseline, other validation data, no plotly, a file that cannot be written.
+    """
+    library = _plotly(settings.plotly)
+    found = [run for folder in folders for run in find_runs(folder)]
+    labels = _labels(found)
+    entries = [Entry(_read(folder), label) for folder, label in labels.items()]
+    named = variants(entries)
+    baseline = _baseline(named, settings.baseline)
+    differing = check_same_data(entries)
+    if differing and not settings.mixed_data:
+        raise ValueError(
+            f"the runs have different validation data ({'; '.join(differing)}), and their losses do not compare; choose "
+            f"runs of one kind, or add --mixed_data to see them on one page all the same"
+        )
+    entries.sort(key=lambda entry: (entry.values["best_val_loss"] is None, entry.values["best_val_loss"]))
+    warnings = [f"Validation data differ, and losses on different data do not compare: {visible('; '.join(differing))}."]
+    costs = cost_rows(entries, settings.watts, settings.price)
+    data = page_data(entries, named, baseline, costs, warnings if differing else [])
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_text_atomically(output.with_name(CSV), to_csv(entries))
+        write_text_atomically(output.with_name(MARKDOWN), markdown(entries, named, baseline, data["warnings"]))
+        write_text_atomically(output, page(data, library))
+    except OSError as error:
+        raise ValueError(f"--output {output}: cannot be written ({error.strerror}); choose another") from None
+    return len(entries)
+
+
+def find_runs(folder: Path) -> list[Path]:
+    """The run that `folder` is, or those below it, by name; a folder without any counts as an empty run.
+
+    Raises:
+        ValueError: no such folder.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder; give a run's folder, or one that holds runs")
+    found = []
+    for path, below, files in os.walk(folder):
+        below.sort()
+        if any(mark in files for mark in MARKS):
+            found.append(Path(path))
+            below.clear()  # a run holds no runs
+    return found or [folder]
+
+
+def _labels(folders: list[Path]) -> dict[Path, str]:
+    """Each folder once, and what is left of its path without what all have in common."""
+    whole = {folder.resolve(): folder for folder in folders}
+    common = Path(os.path.commonpath([path.parent for path in whole]))
+    return {folder: visible(str(path.relative_to(common))) for path, folder in whole.items()}
+
+
+def _read(folder: Path):
+    run = read_run(folder)
+    if run.experiment is None and not run.records:
+        try:
+            run.records, run.unreadable_lines = read_records(folder / "metrics.jsonl")
+        except OSError:
+            pass  # none, or what read_run has said already
+    return run
+
+
+def _baseline(found: list[Variant], name: str | None) -> Variant:
+    matching = [variant for variant in found if variant.name == name]
+    if name is not None and not matching:
+        raise ValueError(f"--baseline {name}: no such variant; there are {', '.join(variant.name for variant in found)}")
+    return matching[0] if matching else found[0]
+
+
+def _plotly(path: Path | None) -> str:
+    try:
+        if path is not None:
+            return path.read_text(encoding="utf-8")
+        return resources.files("plotly").joinpath("package_data/plotly.min.js").read_text(encoding="utf-8")
+    except ModuleNotFoundError:
+        raise ValueError("the page needs the package plotly; pip install plotly, or pip install '.[report]'") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--plotly {path}: cannot be read ({error}); give a build of plotly.js") from None
+
+
+def markdown(entries: list[Entry], found: list[Variant], baseline: Variant, warnings: list[str]) -> str:
+    """The tables as Markdown: the runs as the page shows them, and the variants at the step that most runs share."""
+    shown = [column for column in COLUMNS if column.is_shown]
+    rows = [[entry.cells[column.key] for column in shown] for entry in entries]
+    parts = ["# Runs\n", *(f"**{warning}**\n" for warning in warnings), to_markdown([c.label for c in shown], rows)]
+    step = common_step(entries)
+    if step is not None:
+        parts.append(f"\n## Validation loss at step {step:,}, nats per real token\n")
+        header = ["Variant", "Seeds", "Mean", "Lowest", "Highest", f"Minus {baseline.name}", "± 95 %"]
+        rows = []
+        for row in comparison(found, baseline, step):
+            figures = [_figure(row[key]) for key in ("mean", "low", "high")]
+            signed = "" if row["difference"] is None else f"{row['difference']:+.4f}"
+            rows.append([row["name"], str(row["seeds"]), *figures, signed, _figure(row["half"])])
+        parts.append(to_markdown(header, rows))
+        parts.append("\nDifferences are means over pairs of equal seed and validation data, with Student's 95 % interval.")
+    odd = [f"- {visible(entry.label)}: {'; '.join(a.text for a in entry.anomalies)}" for entry in entries if entry.anomalies]
+    parts += ["\n## Anomalies\n", *(visible(line) for line in odd or ["None."]), f"\nCounted are: {RULES}."]
+    parts += ["\n## Statuses\n", *(f"- {name}: {rule}" for name, rule in STATUSES.items())]
+    return "\n".join(parts) + "\n"
+
+
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+if __name__ == "__main__":
+    main()
