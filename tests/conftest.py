@@ -11,6 +11,14 @@ def cache_dir(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
+@pytest.fixture(scope="session")
+def report_runs(tmp_path_factory) -> Path:
+    """The runs of `tests/reports.py`."""
+    from tests.reports import make_runs
+
+    return make_runs(tmp_path_factory.mktemp("reports"))
+
+
 def pytest_addoption(parser) -> None:
     """`--long`: also what takes minutes a test."""
     parser.addoption("--long", action="store_true", help="also run tests that take minutes each")

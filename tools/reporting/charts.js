@@ -23,7 +23,7 @@ const inSight = new IntersectionObserver((entries) => {
   for (const { target, isIntersecting } of entries) {
     const drawing = drawings.get(target.id);
     drawing.isInSight = isIntersecting;
-    if (isIntersecting && drawing.isDue) perform(drawing, target);
+    if (isIntersecting && drawing.isDue && window.Plotly) perform(drawing, target);
   }
 }, { rootMargin: "300px" });
 
@@ -48,7 +48,15 @@ function chart(id, draw) {
     return;
   }
   Object.assign(drawing, { draw, isDue: true });
-  if (drawing.isInSight) perform(drawing, byId(id));
+  if (drawing.isInSight && window.Plotly) perform(drawing, byId(id));
+}
+
+// Plotly is most of the page's code: it is read once the tables are there.
+function loadPlotly() {
+  const source = byId("plotly");
+  source.replaceWith(make("script", { textContent: source.textContent }));
+  for (const [id, { draw }] of drawings) chart(id, draw);
+  document.documentElement.dataset.charts = "true";
 }
 
 function layout(own) {

@@ -24,7 +24,9 @@ def number(value: Any) -> float | None:
 
 def column(records: list[dict[str, Any]], key: str) -> np.ndarray:
     """(N,) float64, NaN where a record has no finite number."""
-    return np.array([np.nan if (value := number(record.get(key))) is None else value for record in records])
+    values = [value if type(value := record.get(key)) is float else number(value) for record in records]
+    values_N = np.array(values, dtype=np.float64)  # None becomes NaN
+    return np.where(np.isfinite(values_N), values_N, np.nan)
 
 
 def clock(run: Run) -> dict[str, np.ndarray]:

@@ -108,13 +108,15 @@ def _routing(run: Run, last: dict[str, Any]) -> list[Anomaly]:
 
 
 def _running_median(values_N: np.ndarray) -> np.ndarray:
-    """(N,) the median of the WINDOW values around each, those that are finite; NaN where there are fewer than 5."""
-    padded = np.pad(values_N, WINDOW // 2, constant_values=np.nan)
-    windows = np.lib.stride_tricks.sliding_window_view(padded, WINDOW) if len(values_N) else np.zeros((0, WINDOW))
-    is_enough = np.isfinite(windows).sum(1) >= 5
-    medians = np.full(len(values_N), np.nan)
-    medians[is_enough] = np.nanmedian(windows[is_enough], axis=1)
-    return medians
+    """(N,) the median of those of the WINDOW values around each that are finite; NaN where there are fewer than 5."""
+    if not len(values_N):
+        return np.zeros(0)
+    finite_N = np.where(np.isfinite(values_N), values_N, np.nan)
+    padded = np.pad(finite_N, WINDOW // 2, constant_values=np.nan)
+    sorted_NW = np.sort(np.lib.stride_tricks.sliding_window_view(padded, WINDOW), axis=1)  # NaN come last
+    counts_N, rows_N = np.isfinite(sorted_NW).sum(1), np.arange(len(values_N))
+    medians_N = (sorted_NW[rows_N, np.maximum(counts_N - 1, 0) // 2] + sorted_NW[rows_N, counts_N // 2]) / 2
+    return np.where(counts_N >= 5, medians_N, np.nan)
 
 
 def _stretches(kind: str, steps_N: np.ndarray, is_bad_N: np.ndarray, values_N: np.ndarray | None = None) -> list[Anomaly]:

@@ -101,6 +101,7 @@ function start() {
   fillNotes();
   showAll();
   document.documentElement.dataset.ready = "true";
+  requestAnimationFrame(() => setTimeout(loadPlotly));
 }
 
 start();
