@@ -136,13 +136,17 @@ function showRunTables(runs) {
   }));
 }
 
-// The budgets at which runs were evaluated, how many each; the default is what most runs have, the largest of those.
+// The budgets at which runs were evaluated, how many each; the default is what most runs
+// that are done have, the largest of those.
 function fillBudgets(runs) {
   const kind = byId("budget-kind").value;
   const held = [...new Set(runs.flatMap((run) => run.curves.eval[kind]))].filter((x) => x > 0).sort((a, b) => a - b);
   const stride = Math.ceil(held.length / 200);
   const all = held.filter((_, i) => (held.length - 1 - i) % stride === 0);
-  const counts = all.map((x) => runs.filter((run) => lossAt(run, kind, x) !== null).length);
-  const most = counts.lastIndexOf(Math.max(...counts));
+  const count = (chosen) => all.map((x) => chosen.filter((run) => lossAt(run, kind, x) !== null).length);
+  const counts = count(runs);
+  const done = runs.filter(({ cells }) => cells.status[0] === "done");
+  const decisive = done.length ? count(done) : counts;
+  const most = decisive.lastIndexOf(Math.max(...decisive));
   fillSelect(byId("budget"), all.map((x, i) => [x, `${figure(x, 0)} (${counts[i]} run${counts[i] === 1 ? "" : "s"})`]), all[most]);
 }

@@ -48,7 +48,7 @@ def _settings_key(entry: Entry) -> str:
     if run.experiment is None:
         return entry.label
     settings = {key: ours for key, (_, ours) in differing_keys({}, run.experiment.to_dict()).items() if key != "seed"}
-    return json.dumps([settings, run.start.get("precision"), validation_data(run)], sort_keys=True)
+    return json.dumps([settings, run.start.get("precision")], sort_keys=True)
 
 
 def validation_data(run: Run) -> list[Any] | None:
@@ -58,19 +58,23 @@ def validation_data(run: Run) -> list[Any] | None:
 
 
 def check_same_data(entries: list[Entry]) -> list[str]:
-    """One line for each set of runs whose validation data are others than the first run's; none where all are equal."""
+    """One line for each set of runs of a seed whose validation data are the same, where one seed has several; else none.
+
+    Runs of other seeds may have other data: where the source is split at random, the seed does it.
+    """
     sets: dict[str, list[Entry]] = {}
     for entry in entries:
         held = validation_data(entry.run)
-        if held is not None and entry.run.evals:
-            sets.setdefault(json.dumps(held), []).append(entry)
-    return [_describe(members, json.loads(held)) for held, members in sets.items()] if len(sets) > 1 else []
+        if held is not None and entry.run.evals and entry.run.experiment is not None:
+            sets.setdefault(json.dumps([entry.run.experiment.seed, held]), []).append(entry)
+    seeds = [json.loads(key)[0] for key in sets]
+    return [_describe(members, *json.loads(key)) for key, members in sets.items() if seeds.count(json.loads(key)[0]) > 1]
 
 
-def _describe(members: list[Entry], held: list[Any]) -> str:
+def _describe(members: list[Entry], seed: int, held: list[Any]) -> str:
     others = f" and {len(members) - 1} more" if len(members) > 1 else ""
     sizes = ", ".join(f"{value} {unit}" for value, unit in zip(held, ("documents", "tokens", "bytes"), strict=True))
-    return f"{members[0].label}{others}: {sizes}"
+    return f"{members[0].label}{others} of seed {seed}: {sizes}"
 
 
 def loss_at(run: Run, step: int) -> float | None:
@@ -80,7 +84,8 @@ def loss_at(run: Run, step: int) -> float | None:
 
 
 def common_step(entries: list[Entry]) -> int | None:
-    """The step at which most runs have a loss after training began; the latest of several."""
+    """The step after the first at which most runs have a loss, of those that are done if any is; the latest of several."""
+    entries = [entry for entry in entries if entry.values["status"] == "done"] or entries
     steps = {record["step"] for entry in entries for record in entry.run.evals if record["step"] > 0}
     counts = {step: sum(loss_at(entry.run, step) is not None for entry in entries) for step in steps}
     return max(steps, key=lambda step: (counts[step], step), default=None)

@@ -55,7 +55,9 @@ def _time(run: Run, rate: float | None) -> dict[str, float | None]:
     parts = {
         "step_seconds": _sum(run.of("train"), "seconds"),
         "eval_seconds": _sum(run.evals, "seconds"),
-        "checkpoint_seconds": _sum(run.of("checkpoint"), "blocked_seconds"),
+        "checkpoint_seconds": _sum(
+            [{"held_up": r.get("blocked_seconds", r.get("seconds"))} for r in run.of("checkpoint")], "held_up"
+        ),
         "load_seconds": _sum(run.of("resume"), "verify_seconds") + _sum(run.of("resume"), "load_seconds"),
     }
     ranks = run.start.get("world_size", 1)

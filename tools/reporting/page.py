@@ -92,8 +92,8 @@ def page(data: dict[str, Any], plotly: str) -> str:
     parts = {
         "STYLE": (HERE / "page.css").read_text(encoding="utf-8"),
         "DATA": embedded_json(data),
-        # Only a script's own end tag could end it early; as a string or a pattern it may be written so.
-        "PLOTLY": plotly.replace("</script", "<\\/script"),
+        # What would end the element early, or hide its end; in strings and patterns it may be written so.
+        "PLOTLY": plotly.replace("</script", "<\\/script").replace("<!--", "<\\!--"),
         "SCRIPT": scripts,
     }
     before, *rest = (HERE / "page.html").read_text(encoding="utf-8").split("{{")
