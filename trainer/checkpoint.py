@@ -25,14 +25,22 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from safetensors.torch import save as to_safetensors
 
 from modeling.some import KeyStore
 from trainer.config import Experiment
 from trainer.engine import MOMENTS, CoreState
 from trainer.faults import Faults
 from trainer.published import merge
-from trainer.storage import StorageError, describe_free, megabytes, remove, sync, write_file, write_text_atomically
+from trainer.storage import (
+    StorageError,
+    describe_free,
+    megabytes,
+    remove,
+    safetensors_parts,
+    sync,
+    write_file,
+    write_text_atomically,
+)
 
 FORMAT = "some-checkpoint-3"
 POINTER, STATE, MANIFEST = "latest", "state.json", "manifest.json"
@@ -277,17 +285,20 @@ def _write_files(folder: Path, snapshot: Snapshot, faults: Faults, on_file: Call
     """Every file, and the manifest of them last."""
     step, files = snapshot.state.step, {}
 
-    def write(stage: str, name: str, content: bytes) -> None:
+    def write(stage: str, name: str, parts: list[bytes | memoryview]) -> None:
         with faults.stage(stage, step):
-            write_file(folder / name, content, half_way=lambda: faults.at(f"inside {stage}", step))
-        files[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+            write_file(folder / name, parts, half_way=lambda: faults.at(f"inside {stage}", step))
+        # Of what was meant, not of what a disk made of it.
+        checksum = hashlib.sha256()
+        for part in parts:
+            checksum.update(part)
+        files[name] = {"bytes": sum(memoryview(part).nbytes for part in parts), "sha256": checksum.hexdigest()}
         on_file()
 
     for name in TENSORS:
-        # A copy in memory of one file at a time: its checksum is of what was meant, not of what a disk made of it.
-        write(name, name, to_safetensors({key: tensor.contiguous() for key, tensor in snapshot.tensors[name].items()}))
-    write(STATE, STATE, snapshot.state_json())
-    write("manifest", MANIFEST, json.dumps({"format": FORMAT, "files": files}, indent=1).encode())
+        write(name, name, safetensors_parts({key: tensor.contiguous() for key, tensor in snapshot.tensors[name].items()}))
+    write(STATE, STATE, [snapshot.state_json()])
+    write("manifest", MANIFEST, [json.dumps({"format": FORMAT, "files": files}, indent=1).encode()])
     sync(folder)
 
 

@@ -322,6 +322,8 @@ class Trainer:
         began, state = time.perf_counter(), self.state
         self.progress.mark("gathering a checkpoint", state.step)
         self._saver.wait()
+        # The whole core is about to come on top of what the process holds.
+        self.freed_memory.release(slack_bytes=0)
         core = self.engine.core_state()
         if not core.is_finite() or not all(bool(store.keys.isfinite().all()) for store in self.stores):
             self.console.say(f"step {state.step}: no checkpoint, since weights or keys are not finite")

@@ -25,9 +25,9 @@ class FreedMemory:
         self._trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
         self._resident = self._measure()
 
-    def release(self) -> None:
-        """To be called between steps, when what a step needed is free again."""
-        if self._trim is not None and self._measure() > self._resident + SLACK_BYTES:
+    def release(self, slack_bytes: int = SLACK_BYTES) -> None:
+        """To be called between steps, when what a step needed is free again; `slack_bytes` may be kept."""
+        if self._trim is not None and self._measure() > self._resident + slack_bytes:
             self._trim(0)
             self._resident = self._measure()
 

@@ -1,34 +1,67 @@
 """Writing files so that a power cut leaves the old or the new, and saying so when a disk takes no more."""
 
+import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+
+import torch
+
+SAFETENSORS_TYPES = {torch.float32: "F32", torch.float64: "F64", torch.int64: "I64", torch.int32: "I32", torch.bool: "BOOL"}
+"""Those that checkpoints hold, as the format calls them."""
 
 
 class StorageError(RuntimeError):
     """A run cannot write what it must; the message is one line for the user, with the path and the cure."""
 
 
-def write_file(path: Path, content: bytes, half_way: Callable[[], None] = lambda: None) -> None:
-    """Write a new file down to the disk; `half_way` is called when half of it is written.
+def write_file(path: Path, parts: Iterable[bytes | memoryview], half_way: Callable[[], None] = lambda: None) -> None:
+    """Write a new file down to the disk, part after part; `half_way` is called when half of it is written.
 
     Raises:
         OSError: no room, no permission, a broken disk.
     """
-    view = memoryview(content)
+    views = [memoryview(part).cast("B") for part in parts]
+    half, written = sum(map(len, views)) // 2, 0
     with open(path, "wb") as file:
-        file.write(view[: len(view) // 2])
-        half_way()
-        file.write(view[len(view) // 2 :])
+        for view in views:
+            cut = min(max(half - written, 0), len(view))
+            file.write(view[:cut])
+            if written <= half < written + len(view):
+                half_way()
+            file.write(view[cut:])
+            written += len(view)
         file.flush()
         os.fsync(file.fileno())
+
+
+def safetensors_parts(tensors: dict[str, torch.Tensor]) -> list[bytes | memoryview]:
+    """The parts of a safetensors file (size of the header, header, data), which share the tensors' memory.
+
+    The library's own writers copy every tensor once or twice, which is what a rank with a large pool has no room for.
+
+    Args:
+        tensors: contiguous, on the CPU, of types in `SAFETENSORS_TYPES`.
+    """
+    header, offset = {}, 0
+    # The widest types first, so that all are aligned.
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    for name in names:
+        tensor = tensors[name]
+        ends = [offset, offset + tensor.nbytes]
+        header[name] = {"dtype": SAFETENSORS_TYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": ends}
+        offset = ends[1]
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    data = [memoryview(tensors[name].reshape(-1).view(torch.uint8).numpy()) for name in names if tensors[name].numel()]
+    return [len(text).to_bytes(8, "little"), text, *data]
 
 
 def write_text_atomically(path: Path, text: str) -> None:
     """Readers see the old text or the new one, also after a power cut."""
     temporary = path.with_name(f".tmp-{path.name}")
-    write_file(temporary, text.encode())
+    write_file(temporary, [text.encode()])
     os.replace(temporary, path)
     sync(path.parent)
 

@@ -5,14 +5,17 @@ import pytest
 from trainer import memory
 
 
-@pytest.mark.parametrize(("grown", "trims"), [(memory.SLACK_BYTES, 0), (memory.SLACK_BYTES + 1, 1)])
-def test_trims_once_the_process_has_grown(monkeypatch, grown, trims):
+@pytest.mark.parametrize(
+    ("grown", "slack", "trims"),
+    [(memory.SLACK_BYTES, (), 0), (memory.SLACK_BYTES + 1, (), 1), (0, (0,), 0), (1, (0,), 1)],
+)
+def test_trims_once_the_process_has_grown(monkeypatch, grown, slack, trims):
     resident = iter([1000, 1000 + grown, 1000, 1000])
     monkeypatch.setattr(memory.FreedMemory, "_measure", lambda self: next(resident))
     freed, calls = memory.FreedMemory(), []
     freed._trim = calls.append
-    freed.release()
-    freed.release()
+    freed.release(*slack)
+    freed.release(*slack)
     assert calls == [0] * trims
 
 
