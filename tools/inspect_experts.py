@@ -32,9 +32,9 @@ from trainer.config import Experiment, experiment_from_dict
 from trainer.data import Dataset, Sequences, open_data
 from trainer.data.files import checked_text
 from trainer.memory import host_bytes
+from trainer.numerics import set_numerics
 from trainer.plan import GIB, expert_bytes
 from trainer.resume import checkpoint_at
-from trainer.run import set_numerics
 from trainer.text import error_line
 
 SEQUENCES = 64

@@ -53,6 +53,7 @@ from trainer.listing import print_experiments
 from trainer.lock import FolderLock
 from trainer.loop import Trainer
 from trainer.metrics import RunLog
+from trainer.numerics import set_numerics
 from trainer.plan import Deployment, Sharding, check_expert_size, check_memory, describe, most_replicas
 from trainer.resume import Found, find_checkpoint
 from trainer.runfolder import began_here, check_writable, set_aside, write_config
@@ -351,19 +352,6 @@ def train_order(experiment: Experiment, dataset: Dataset) -> TrainOrder:
     """The sequences of every step."""
     sort_by_length = dataset.train.layout.sort_by_length
     return TrainOrder(dataset.train.lengths, experiment.train.batch_size, experiment.seed, sort_by_length)
-
-
-def set_numerics(deterministic: bool) -> None:
-    """Full fp32 products (no TF32: routing and key stores are fp32 by contract), and repeatable kernels if asked for.
-
-    Operations without a repeatable kernel warn; on GPUs the backward of fused attention is one.
-    """
-    torch.set_float32_matmul_precision("highest")
-    torch.use_deterministic_algorithms(deterministic, warn_only=True)
-    # Nothing here reads memory that it has not written; filling it first took a fifth of a step.
-    torch.utils.deterministic.fill_uninitialized_memory = False
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def finish(trainer: Trainer, is_complete: bool) -> None:
