@@ -47,7 +47,7 @@ def make_runs(folder: Path) -> Path:
     lines = (runs / "some/seed_0/metrics.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
     begun = [record for record in records if record["step"] <= 4 and record["event"] != "end"]
-    _write(runs / "partial", begun, b'{"event": "train", "step": 5, "lo', age=3600)
+    _write(runs / "partial", begun, b'{"event": "train", "step": 5, "lo')
     _write(runs / "running", begun)
     no_losses = [r | {"loss": None, "grad_norm": None} if r["event"] == "train" and r["step"] > 3 else r for r in records]
     _write(runs / "nan", [r | {"val_loss": None} if r["event"] == "eval" and r["step"] > 3 else r for r in no_losses])
@@ -57,10 +57,12 @@ def make_runs(folder: Path) -> Path:
         runs / HOSTILE,
         [*begun, *odd, {"event": 7}],
         b'\xff\xfe "\x00 not text\n[1, 2]\nnull\n' + 3000 * b"[",
-        age=3600,
     )
     (runs / "unreadable/config.yaml").write_text("model: [1, 2")
     _set_apart(runs)
+    for name in ("partial", HOSTILE):  # silent for longer than any run may be
+        for path in (runs / name).iterdir():
+            os.utime(path, (path.stat().st_atime, path.stat().st_mtime - 3600))
     return runs
 
 
@@ -75,11 +77,8 @@ def _set_apart(runs: Path) -> None:
         path.write_text(yaml.safe_dump(values))
 
 
-def _write(folder: Path, records: list[dict], rest: bytes = b"", age: float = 0) -> None:
-    path = folder / "metrics.jsonl"
-    path.write_bytes("".join(json.dumps(record) + "\n" for record in records).encode() + rest)
-    changed = path.stat().st_mtime - age
-    os.utime(path, (changed, changed))
+def _write(folder: Path, records: list[dict], rest: bytes = b"") -> None:
+    (folder / "metrics.jsonl").write_bytes("".join(json.dumps(record) + "\n" for record in records).encode() + rest)
 
 
 def _train_all(rank: int, folder: str) -> None:

@@ -23,13 +23,11 @@ from tools.reporting.cost import cost_rows
 from tools.reporting.health import RULES, STATUSES
 from tools.reporting.page import page, page_data
 from tools.reporting.table import COLUMNS, Entry, to_csv, to_markdown
-from tools.runs import EXIT_REFUSED, read_records, read_run
+from tools.runs import EXIT_REFUSED, read_records, read_run, run_folders
 from trainer.storage import write_text_atomically
 from trainer.text import error_line, visible
 
 CSV, MARKDOWN = "results.csv", "report.md"
-MARKS = ("config.yaml", "metrics.jsonl")
-"""By either of these a run's folder is known."""
 
 
 @dataclass(frozen=True)
@@ -113,13 +111,7 @@ def find_runs(folder: Path) -> list[Path]:
     """
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder; give a run's folder, or one that holds runs")
-    found = []
-    for path, below, files in os.walk(folder):
-        below.sort()
-        if any(mark in files for mark in MARKS):
-            found.append(Path(path))
-            below.clear()  # a run holds no runs
-    return found or [folder]
+    return run_folders(folder) or [folder]
 
 
 def _labels(folders: list[Path]) -> dict[Path, str]:

@@ -1,6 +1,7 @@
 """Runs as tools see them: read from the files that they leave, started as programs of their own."""
 
 import json
+import math
 import os
 import re
 import signal
@@ -22,6 +23,8 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 SCRIPT = REPOSITORY / "trainer" / "run.py"
 EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED = 1, 2, 130
 SECONDS_TO_STOP = 45  # torch.distributed.run gives its ranks 30
+MARKS = ("config.yaml", "metrics.jsonl")
+"""By either of these a run's folder is known."""
 FAILED = "failed.txt"
 """In a run's folder: why it failed when it was last started; absent where it did not."""
 
@@ -126,6 +129,23 @@ def read_records(path: Path) -> tuple[list[dict[str, Any]], int]:
         except (ValueError, RecursionError):
             unreadable += 1
     return records, unreadable
+
+
+def run_folders(folder: Path) -> list[Path]:
+    """The run that `folder` is, or those below it, by name; what is hidden is left out."""
+    found = []
+    for path, below, files in os.walk(folder):
+        if any(mark in files for mark in MARKS):
+            found.append(Path(path))
+            below.clear()  # a run holds no runs
+        below[:] = [name for name in below if not name.startswith(".")]
+    return sorted(found)
+
+
+def number(value: Any) -> float | None:
+    """A finite number, or None for whatever else a file holds."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if is_number and abs(value) < 1e300 and math.isfinite(value) else None
 
 
 def _check_record(record: Any) -> None:

@@ -1,33 +1,16 @@
-"""Where the runs below a folder stand, from the files that they leave; for `tools/watch.py`.
-
-A run is
-- `done` or `stopped` where the last line of its `metrics.jsonl` is an end: that of the schedule, or one before it;
-- `failed` where a tool has noted so, where its files cannot be read, or where the process that holds its lock is of this
-  machine and gone;
-- `failed?` where there is no end, and no line for `parallel.timeout_minutes`, after which the trainer ends a run that hangs,
-  nor for three times as long as its longest step, evaluation or checkpoint took;
-- `running` else.
-"""
+"""The runs below a folder as they are now, from the files that they leave; for `tools/watch.py`."""
 
 import math
-import os
-import re
-import socket
 import statistics
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tools.runs import FAILED, Run, read_run
-from trainer.config import ParallelConfig
-from trainer.lock import NAME as LOCK
+from tools.runs import Run, number, read_run, run_folders
+from tools.standing import FILES, STATUSES, standing, stat_of
 from trainer.text import visible
 
-STATUSES = ("running", "failed?", "failed", "stopped", "done")
-"""In the order in which they are shown."""
-FILES = ("config.yaml", "metrics.jsonl", FAILED)
 RECENT = 20
 """Recorded steps from which speed and time left are told."""
 
@@ -39,7 +22,7 @@ class Snapshot:
     name: str
     """Its folder, below the one that is watched; printable."""
     status: str
-    """One of STATUSES."""
+    """By `tools/standing.py`."""
     why: str
     """Of a failure or a stop; printable."""
     step: int
@@ -80,7 +63,7 @@ class Watched:
 
     def folders(self) -> list[Path]:
         """Of all runs, by name."""
-        return sorted(_run_folders(self._root))
+        return run_folders(self._root)
 
     def snapshots(self) -> list[Snapshot]:
         """All runs: those that go on first, then by the time of their last line, newest first."""
@@ -96,19 +79,18 @@ class Watched:
 
 def stamp_of(folder: Path) -> list[tuple[int, int] | None]:
     """Differs when a file of the run does."""
-    stats = [_stat(folder / name) for name in FILES]
+    stats = [stat_of(folder / name) for name in FILES]
     return [None if stat is None else (stat.st_mtime_ns, stat.st_size) for stat in stats]
 
 
 def take(run: Run, name: str, now: float) -> Snapshot:
     """A run as it is `now`, in seconds since 1970."""
     # What others may have written into the file is no reason to stop watching.
-    records = [record for record in run.records if isinstance(record, dict) and _is_number(record.get("step"))]
+    records = [record for record in run.records if number(record["step"]) is not None]
     by_event = {event: [r for r in records if r.get("event") == event] for event in ("start", "train", "eval", "checkpoint")}
     start = next(reversed(by_event["start"]), {})
     last_eval, how = next(reversed(by_event["eval"]), {}), run.how if isinstance(run.how, dict) else {}
-    silent = now - max((stat.st_mtime for name in FILES if (stat := _stat(run.folder / name))), default=now)
-    status, why = _status(run, records, silent)
+    status, why, silent = standing(run, now)
     step, total = max((record["step"] for record in records), default=0), _number(start, "total_steps")
     model = None if run.experiment is None else run.experiment.model
     experts = model.some.num_experts if model is not None and model.channel_mixer == "some" else None
@@ -135,43 +117,6 @@ def take(run: Run, name: str, now: float) -> Snapshot:
     )
 
 
-def _status(run: Run, records: list[dict[str, Any]], silent: float) -> tuple[str, str]:
-    """Status and reason, by the rule above."""
-    if run.failure:
-        return "failed", run.failure
-    if records and records[-1].get("event") == "end":
-        if records[-1].get("finished"):
-            return "done", ""
-        return "stopped", f"by {records[-1]['stopped_by']}" if "stopped_by" in records[-1] else "as --max_steps asked"
-    process = _owner(run.folder)
-    if process is not None and not _is_alive(process):
-        return "failed", f"process {process} is gone, without an end in metrics.jsonl"
-    parallel = ParallelConfig() if run.experiment is None else run.experiment.parallel
-    if silent > max(60 * parallel.timeout_minutes, 3 * max(_numbers(records, "seconds"), default=0)):
-        return "failed?", f"no end, and no line for {silent / 3600:.1f} hours"
-    return "running", ""
-
-
-def _owner(folder: Path) -> int | None:
-    """The process that holds the run's lock, or did when it was killed; None where that is on another machine."""
-    try:
-        text = (folder / LOCK).read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return None
-    match = re.match(r"host (\S+) process (\d+)\b", text)
-    return int(match[2]) if match and match[1] == socket.gethostname() else None
-
-
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):
-        return True
-    return True
-
-
 def _seconds_left(records: list[dict[str, Any]], step: float, total: float | None) -> float | None:
     """Steps left times what a step took of late, with the evaluations and checkpoints between."""
     steps = [place for place, record in enumerate(records) if record.get("event") == "train"][-RECENT:]
@@ -184,29 +129,9 @@ def _seconds_left(records: list[dict[str, Any]], step: float, total: float | Non
     return max(0, total - step) * (statistics.fmean(times) + others / covered)
 
 
-def _run_folders(folder: Path) -> Iterator[Path]:
-    for parent, names, files in os.walk(folder):
-        if "metrics.jsonl" in files or "config.yaml" in files:
-            yield Path(parent)
-            names.clear()
-        names[:] = [name for name in names if not name.startswith(".")]
-
-
-def _stat(path: Path) -> os.stat_result | None:
-    try:
-        return path.stat()
-    except OSError:
-        return None
-
-
-def _is_number(value: Any) -> bool:
-    # False for NaN and infinity, and for whole numbers that no float holds.
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
-
-
 def _number(record: dict[str, Any], key: str) -> float | None:
-    return record[key] if _is_number(record.get(key)) else None
+    return None if number(record.get(key)) is None else record[key]
 
 
 def _numbers(records: list[dict[str, Any]], key: str) -> list[float]:
-    return [record[key] for record in records if _is_number(record.get(key))]
+    return [record[key] for record in records if number(record.get(key)) is not None]

@@ -4,7 +4,7 @@
     python tools/watch.py runs --once             # one snapshot, which is also what a pipe or a file gets
     python tools/watch.py runs --serve 8000       # the page of tools/report.py on http://127.0.0.1:8000
 
-Reads only what runs leave behind; `tools/snapshots.py` says by which rule a run counts as running, done, stopped or failed.
+Reads only what runs leave behind; `tools/standing.py` says by which rule a run counts as running, done, stopped or failed.
 """
 
 import argparse

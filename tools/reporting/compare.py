@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from tools.reporting.curves import number
 from tools.reporting.table import Entry
-from tools.runs import Run
+from tools.runs import Run, number
 from tools.study import paired
 from trainer.checkpoint import differing_keys
 

@@ -8,18 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from tools.runs import Run
+from tools.runs import Run, number
 
 BUCKETS = 400
 """A curve of more than twice as many records is cut into so many stretches."""
 MOST_EVALUATIONS = 200
 """Most columns of a heat map over steps."""
-
-
-def number(value: Any) -> float | None:
-    """A finite number, or None for whatever else a file holds."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if is_number and abs(value) < 1e300 and math.isfinite(value) else None
 
 
 def column(records: list[dict[str, Any]], key: str) -> np.ndarray:

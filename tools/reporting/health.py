@@ -9,15 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from tools.reporting.curves import column, number
-from tools.runs import Run
+from tools.reporting.curves import column
+from tools.runs import Run, number
+from tools.standing import standing
 
-RUNNING_SECONDS = 600
 WINDOW = 51
 STATUSES = {
     "done": "the whole schedule was run and measured",
-    "running": f"no end was recorded, and metrics.jsonl changed in the last {RUNNING_SECONDS // 60} minutes",
-    "partial": "stopped before its end, or crashed",
+    "running": "no end yet, and neither gone nor silent for longer than the trainer bears",
+    "partial": "stopped before its end, or failed",
     "diverged": "its last loss is not finite, or over its first validation loss by more than 0.5 nats",
     "empty": "no step and no evaluation was recorded",
     "unreadable": "its config.yaml or metrics.jsonl cannot be read",
@@ -60,9 +60,7 @@ def status(run: Run) -> str:
         return "diverged"
     if run.finished:
         return "done"
-    last = [record["event"] for record in run.records if record["event"] in ("start", "end")]
-    age = time.time() - (run.folder / "metrics.jsonl").stat().st_mtime
-    return "running" if last[-1:] != ["end"] and age < RUNNING_SECONDS else "partial"
+    return "running" if standing(run, time.time()).status == "running" else "partial"
 
 
 def _is_diverged(train: list[dict[str, Any]], evals: list[dict[str, Any]]) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 from tools.reporting.compare import TOLERANCE, Variant, validation_data
 from tools.reporting.cost import COLUMNS as COST_COLUMNS
 from tools.reporting.curves import BUCKETS, curves
-from tools.reporting.health import RULES, RUNNING_SECONDS, STATUSES
+from tools.reporting.health import RULES, STATUSES
 from tools.reporting.keymaps import HAS_UMAP, MOST_CHECKPOINTS, key_maps
 from tools.reporting.routing import MEASURES, MOST_COUNTS, routing
 from tools.reporting.table import COLUMNS, Entry
@@ -57,7 +57,6 @@ def page_data(
         "notes": {
             "statuses": STATUSES,
             "anomalies": RULES,
-            "running_minutes": RUNNING_SECONDS // 60,
             "buckets": BUCKETS,
             "counts": MOST_COUNTS,
             "checkpoints": MOST_CHECKPOINTS,

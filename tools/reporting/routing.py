@@ -5,8 +5,8 @@ Shapes: S evaluations, L layers, E experts, N records of steps.
 
 from typing import Any
 
-from tools.reporting.curves import MOST_EVALUATIONS, number, spread_out
-from tools.runs import Run
+from tools.reporting.curves import MOST_EVALUATIONS, spread_out
+from tools.runs import Run, number
 
 MEASURES = {
     "gini": "Gini of usage",

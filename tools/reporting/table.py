@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from tools.reporting.curves import column, number
+from tools.reporting.curves import column
 from tools.reporting.health import Anomaly, anomalies, status
 from tools.results import rule_name
-from tools.runs import Run
+from tools.runs import Run, number
 from trainer.published import published_ids, published_results
 from trainer.text import visible
 
