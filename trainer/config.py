@@ -23,6 +23,9 @@ from trainer.published import merge, published_experiment, published_ids
 from trainer.text import parse_yaml, read_yaml, shown
 
 EXPERIMENTS_DIR = Path(__file__).parent / "experiments"
+RULES_PATH = ("model", "some", "rules")
+PATHS = ("path", "tokenizer_from", "cache_dir")
+"""Keys of section `data` that reach into the file system."""
 MOST_EPOCHS = 1_000_000
 MOST_MINUTES = 525_600  # a year
 
@@ -266,13 +269,48 @@ def load_experiment(name: str = "quickstart", overrides: list[str] | None = None
     Raises:
         ValueError: unknown experiment, file that is not YAML, unknown key, wrong type or value.
     """
-    values = _read_experiment(name)
+    values, chosen = _read_experiment(name), {}
     for override in overrides or []:
         key, separator, text = override.partition("=")
         if not separator or not all(key.strip().split(".")):
             raise ValueError(f"--set {override}: write it as key=value, for example --set train.batch_size=64")
-        _set_path(values, key.strip(), _parse_scalar(key, text))
-    return experiment_from_dict(values)
+        _set_path(chosen, key.strip(), _parse_scalar(key, text))
+    if values.get("control") not in (None, chosen.get("control", values.get("control"))):
+        raise ValueError(
+            f"--set control={shown(chosen['control'])}: {name} is its control {values['control']} already; start from the "
+            f"experiment that it was made of"
+        )
+    if name not in experiment_names():
+        _check_paths(name, values, chosen)
+    return experiment_from_dict(overlay(values, chosen))
+
+
+def overlay(below: dict, above: dict) -> dict:
+    """An experiment's values with others on top; a preset of the key rules that these name replaces all rules below it."""
+    rules = above
+    for key in RULES_PATH:
+        rules = rules.get(key) if isinstance(rules, dict) else None
+    if isinstance(rules, dict) and "preset" in rules:
+        below = merge(below, {"model": {"some": {"rules": None}}})
+    return merge(below, above)
+
+
+def _check_paths(name: str, values: dict, chosen: dict) -> None:
+    """What a file names must lie below its folder or below the current one: it may come from someone else. Only the
+    command line reaches everywhere."""
+    data, replaced = values.get("data"), chosen.get("data")
+    for key in PATHS:
+        path = data.get(key) if isinstance(data, dict) else None
+        if not isinstance(path, str) or (isinstance(replaced, dict) and key in replaced):
+            continue
+        here = os.path.realpath(os.path.expanduser(path))
+        if key == "tokenizer_from" and not os.path.exists(here):
+            continue  # the id of a data set on the hub
+        if not any(Path(here).is_relative_to(os.path.realpath(folder)) for folder in (Path(name).parent, Path.cwd())):
+            raise ValueError(
+                f"data.{key} = {shown(path)} in {name}: lies outside of the file's folder and the current one; say that you "
+                f"mean it with --set data.{key}={path if path.isprintable() else '...'}"
+            )
 
 
 def experiment_from_dict(values: dict) -> Experiment:
@@ -301,11 +339,12 @@ def _read_file(path: Path, above: tuple[str, ...] = ()) -> dict:
     """The YAML's values on top of those of its `base`; `above` are the files that are built on it."""
     values = read_yaml(path, f"--experiment {path}")
     values.pop("run", None)  # a run's config.yaml is an experiment too; how it was run is not part of it
+    values.setdefault("name", path.stem)
     base = values.pop("base", None)
     if base is None:
         return values
     if base in experiment_names():
-        return merge(_shipped(base), values)
+        return overlay(_shipped(base), values)
     # A file may come from someone else. Only the command line reaches everywhere.
     folder, here = os.path.realpath(path.parent), os.path.realpath(path)
     is_file = isinstance(base, str) and base.isprintable() and base.endswith((".yaml", ".yml"))
@@ -317,7 +356,7 @@ def _read_file(path: Path, above: tuple[str, ...] = ()) -> dict:
         )
     if below in (here, *above):
         raise ValueError(f"base = {shown(base)} in {path}: is built on this file; name another experiment")
-    return merge(_read_file(path.parent / base, (*above, here)), values)
+    return overlay(_read_file(path.parent / base, (*above, here)), values)
 
 
 def _parse_scalar(key: str, text: str) -> Any:
@@ -333,7 +372,8 @@ def _set_path(values: dict, path: str, value: Any) -> None:
         values = values.setdefault(parent, {})
         if not isinstance(values, dict):
             raise ValueError(f"--set {path}: {parent} is a value and has no keys below it")
-    values[last] = value
+    both = isinstance(value, dict) and isinstance(values.get(last), dict)
+    values[last] = merge(values[last], value) if both else value
 
 
 def _nearest(word: str, known: list[str]) -> str:

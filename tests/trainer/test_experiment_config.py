@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from modeling import ModelConfig
+from modeling.key_rules import RULE_PRESETS, KeyRules
 from trainer.config import Experiment, experiment_from_dict, experiment_names, load_experiment
 from trainer.published import published_ids
 
@@ -51,6 +52,62 @@ def test_preset_gives_the_values_that_are_not_set():
     assert (rules.alpha, rules.beta, rules.ema_decay, rules.warmup_steps) == (0.5, 0.005, 0.99, 20)
 
 
+def test_a_preset_that_is_set_replaces_every_rule_of_the_file(tmp_path):
+    """Also of a run's config.yaml, which names all of them; what else is set counts on top, in any order."""
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(load_experiment("quickstart").to_dict()))
+    (tmp_path / "built_on_it.yaml").write_text("base: config.yaml\nmodel: {some: {rules: {preset: v7, alpha: 0.5}}}")
+    rules = [
+        load_experiment(source, settings).model.some.rules
+        for source, settings in [
+            (str(path), ["model.some.rules.alpha=0.5", "model.some.rules.preset=v7"]),
+            ("quickstart", ["model.some.rules={preset: v7, alpha: 0.5}"]),
+            (str(tmp_path / "built_on_it.yaml"), []),
+        ]
+    ]
+    assert rules == [KeyRules(**RULE_PRESETS["v7"] | {"alpha": 0.5})] * 3
+
+
+def test_a_section_that_is_set_keeps_the_keys_that_it_does_not_name():
+    train = load_experiment("quickstart", ["train={steps: 3}", "train.batch_size=4", "train={warmup_steps: 0}"]).train
+    assert train == replace(load_experiment("quickstart").train, steps=3, batch_size=4, warmup_steps=0)
+
+
+def test_a_control_cannot_be_taken_back_from_a_resolved_file(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(load_experiment("quickstart", ["control=attention_only"]).to_dict()))
+    assert load_experiment(str(path), ["control=attention_only"]).model.channel_mixer == "none"
+    for control in ("null", "dense"):
+        with pytest.raises(ValueError, match=r"--set control=.* is its control attention_only already; start from the"):
+            load_experiment(str(path), [f"control={control}"])
+
+
+def test_a_file_without_a_name_is_called_by_its_own(tmp_path):
+    for name, text in {"mine": "seed: 3", "wide": "base: a4", "named": "{name: x, base: a4}"}.items():
+        (tmp_path / f"{name}.yaml").write_text(text)
+    (tmp_path / "wider.yaml").write_text("base: named.yaml")
+    names = {name: load_experiment(str(tmp_path / f"{name}.yaml")).name for name in ("mine", "wide", "named", "wider")}
+    assert names == {"mine": "mine", "wide": "wide", "named": "x", "wider": "wider"}
+
+
+@pytest.mark.parametrize("key", ["path", "cache_dir", "tokenizer_from"])
+def test_paths_of_a_file_stay_where_it_lies_or_where_we_are(tmp_path, monkeypatch, key):
+    """A file may come from someone else."""
+    folder, other, file = tmp_path / "theirs", tmp_path / "elsewhere", tmp_path / "theirs" / "theirs.yaml"
+    (other / "below").mkdir(parents=True)
+    folder.mkdir()
+    (folder / "link").symlink_to(other)
+    for path in (str(other), str(folder / "link"), str(folder / ".." / "elsewhere"), "/etc"):
+        file.write_text(yaml.safe_dump({"data": {"name": "text", "path": str(folder), key: path}}))
+        with pytest.raises(ValueError, match=rf"data.{key} = .* lies outside .* with --set data.{key}="):
+            load_experiment(str(file))
+        assert getattr(load_experiment(str(file), [f"data.{key}={path}"]).data, key) == path
+    monkeypatch.chdir(other)
+    for path in (str(folder / "data"), "below", "some-user/some-data"):
+        file.write_text(yaml.safe_dump({"data": {"name": "text", "path": str(folder), key: path}}))
+        assert getattr(load_experiment(str(file)).data, key) == path
+
+
 def test_round_trip_through_yaml(tmp_path):
     experiment = load_experiment("b2", ["model.some.rules.alpha=0.5"])
     path = tmp_path / "again.yaml"
@@ -73,7 +130,8 @@ def test_round_trip_through_yaml(tmp_path):
         ("quickstart", ["train.batch_size=true"], "train.batch_size = True is bool; expected int"),
         ("quickstart", ["train.deterministic=1"], "train.deterministic = 1 is int; expected bool"),
         ("quickstart", ["train=3"], "train = 3: expected keys and values"),
-        ("quickstart", ["name.x=3"], "name is a value and has no keys below it"),
+        ("quickstart", ["name.x=3"], "name = .* is dict; expected str"),
+        ("quickstart", ["name=a", "name.x=3"], "name is a value and has no keys below it"),
         ("quickstart", ["train.batch_size"], "write it as key=value"),
         ("quickstart", ["train.batch_size=[1"], "not valid YAML"),
         ("quickstart", ["train.batch_size=0"], "train.batch_size = 0 must be a number greater than 0"),
