@@ -71,7 +71,8 @@ def evaluate(
         "val_ppl": math.exp(min(loss, 700.0)),
         **published,
         "nats_per_story": nats / sequences.num_documents,
-        "bits_per_byte": nats / math.log(2) / int(sequences.num_bytes.sum()),
+        # Rows whose only targets are ends of documents have no bytes.
+        "bits_per_byte": nats / math.log(2) / num_bytes if (num_bytes := int(sequences.num_bytes.sum())) else math.inf,
         "val_tokens": int(tokens),
         "layers": meter.result([layer.placement for layer in model.some_layers]),
     }

@@ -1,5 +1,6 @@
 """Writing files so that a power cut leaves the old or the new, and saying so when a disk takes no more."""
 
+import errno
 import json
 import os
 import shutil
@@ -14,6 +15,11 @@ SAFETENSORS_TYPES = {torch.float32: "F32", torch.float64: "F64", torch.int64: "I
 
 class StorageError(RuntimeError):
     """A run cannot write what it must; the message is one line for the user, with the path and the cure."""
+
+
+def is_failing(error: OSError) -> bool:
+    """Whether the disk is at fault, now, and not what the user chose: then starting again later helps."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE)
 
 
 def write_file(path: Path, parts: Iterable[bytes | memoryview], half_way: Callable[[], None] = lambda: None) -> None:

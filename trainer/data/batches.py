@@ -47,11 +47,6 @@ class Batch:
         """`attention_mask_BS`, or None where every position is routed, which saves the model picking them out."""
         return None if bool(self.attention_mask_BS.all()) else self.attention_mask_BS
 
-    @property
-    def num_tokens(self) -> int:
-        """Number of targets that count. Waits for the device if the tensors are on one."""
-        return int((self.targets_BS != NO_TARGET).sum())
-
 
 class TrainOrder:
     """The sequences of every step of a run, as a pure function of (lengths, batch_size, seed, step).

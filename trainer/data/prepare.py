@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from trainer.data.config import DataConfig
 from trainer.data.sequences import ARRAYS, RowLayout, Sequences, write_rows, write_sequences
 from trainer.data.sources import load_documents, tokenizer_texts
 from trainer.data.tokenizer import check_vocab_size, load_tokenizer, pad_id, tokenizer_hash, train_tokenizer
+from trainer.storage import StorageError, describe_free, is_failing, remove
 
 FORMAT = 3  # part of every key: raise it when what is cached changes its meaning
 SPLITS = ("train", "validation")
@@ -30,7 +32,8 @@ META = "meta.json"
 
 @dataclass(frozen=True)
 class Dataset:
-    """What `open_data` returns. `fingerprint` is equal if and only if documents, tokenizer and row layout are.
+    """What `open_data` returns. `fingerprint` is equal if and only if documents, tokenizer and row layout are;
+    `validation_hash` is that of the tokenised validation split alone.
 
     `summary`: for `train` and `validation` the counts documents, sequences, tokens (targets) and bytes, for padded rows
     also cut and, where padding counts, its share padding of the targets; for `dropped` the counts empty and overlap;
@@ -41,6 +44,7 @@ class Dataset:
     train: Sequences
     validation: Sequences
     fingerprint: str
+    validation_hash: str
     tokenizer_hash: str
     summary: dict[str, Any]
 
@@ -53,7 +57,7 @@ def prepare_data(
     `max_seq_len` is the largest number of inputs in a sequence. A second call with the same documents and settings
     reads the documents, finds the entry and builds nothing; a damaged entry is rebuilt with a message. `accept` is called
     with the data before anything new stays in the cache, and may raise ValueError to keep it out. Raises ValueError for
-    settings or a source that cannot work, and for a cache folder that cannot be written.
+    settings or a source that cannot work, and for a cache folder that cannot be written; StorageError for a full disk.
     """
     if config.tokenizer == "bytes":
         check_vocab_size(vocab_size)
@@ -97,7 +101,10 @@ def prepare_data(
         notes += _unfilled(tokenizer, vocab_size, config.allow_fewer)
         layout = RowLayout(max_seq_len, config.rows, config.append_eos, config.count_padding, pad_id(tokenizer))
         key = _key(train_hash, _hash_texts(documents.validation)[0], tokenizer_hash(tokenizer), asdict(layout))
-        folder = root / f"data-{key[:32]}"
+        summary = {"dropped": documents.dropped, "notes": notes, "vocab_size": vocab_size, "max_seq_len": max_seq_len}
+        summary["tokenizer_documents"] = number_of_texts
+        # What the summary says besides is no part of the data's identity, but an entry must not tell of other settings.
+        folder = root / f"data-{_key(key, summary)[:32]}"
         problem = _problem(folder, key)
         if problem is None:
             accept(open_data(folder))
@@ -105,15 +112,19 @@ def prepare_data(
             root.mkdir(parents=True, exist_ok=True)
             if folder.exists():
                 say(f"data: rebuilding cache entry {folder}: {problem}")
-            summary = {"dropped": documents.dropped, "notes": notes}
-            summary |= {"vocab_size": vocab_size, "max_seq_len": max_seq_len, "tokenizer_documents": number_of_texts}
             texts = {"train": documents.train, "validation": documents.validation}
+            _remove_abandoned(root)
             _build(folder, key, texts, tokenizer, layout, summary, accept)
         if is_new:
             temporary = _temporary(tokenizer_path)
             temporary.write_text(tokenizer.to_str(), encoding="utf-8")
             os.replace(temporary, tokenizer_path)
     except OSError as error:
+        if is_failing(error):
+            raise StorageError(
+                f"data.cache_dir={str(root)!r} cannot be written ({error.strerror}), {describe_free(root)}; make room and "
+                f"give the same command again"
+            ) from error
         raise ValueError(
             f"data.cache_dir={str(root)!r} cannot be used ({error}): set it (or SOME_CACHE_DIR) to a writable folder"
         ) from error
@@ -127,13 +138,14 @@ def open_data(folder: str | Path) -> Dataset:
         meta = json.loads((folder / META).read_text(encoding="utf-8"))
         fingerprint, summary, expected_hash = meta["fingerprint"], meta["summary"], meta["tokenizer_hash"]
         layout = RowLayout(**meta["layout"])
+        validation_hash = _key(*(meta["sha256"][f"validation/{name}.npy"] for name in ARRAYS))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder}: not a folder of tokenised data ({error}): prepare the data again") from error
     tokenizer = load_tokenizer(folder / "tokenizer.json")
     train, validation = (Sequences(folder / split, layout) for split in SPLITS)
     if tokenizer_hash(tokenizer) != expected_hash:
         raise ValueError(f"{folder / 'tokenizer.json'}: differs from the tokenizer of this data: delete {folder}")
-    return Dataset(tokenizer, train, validation, fingerprint, expected_hash, summary)
+    return Dataset(tokenizer, train, validation, fingerprint, validation_hash, expected_hash, summary)
 
 
 def _cached_tokenizer(path: Path, vocab_size: int) -> Tokenizer | None:
@@ -172,17 +184,18 @@ def _build(
 ) -> None:
     temporary = _temporary(folder)
     temporary.mkdir()
+    splits: dict[str, Any] = {}
     try:
         (temporary / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
         for split in SPLITS:
             # Chunks and padded rows differ in what a row may be, not in how it is stored.
             write, shape = (write_sequences, layout.max_seq_len) if layout.rows == "chunks" else (write_rows, layout)
-            summary[split] = write(temporary / split, texts[split], tokenizer, summary["vocab_size"], shape)
+            splits[split] = write(temporary / split, texts[split], tokenizer, summary["vocab_size"], shape)
         meta = {
             "fingerprint": key,
             "tokenizer_hash": tokenizer_hash(tokenizer),
             "layout": asdict(layout),
-            "summary": summary,
+            "summary": summary | splits,
             "sha256": {name: _hash_file(temporary / name) for name in FILES},
         }
         (temporary / META).write_text(json.dumps(meta, indent=1), encoding="utf-8")
@@ -217,7 +230,18 @@ def _problem(folder: Path, key: str) -> str | None:
 
 
 def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.{uuid4().hex[:8]}.tmp")
+    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.{uuid4().hex[:8]}.tmp")
+
+
+def _remove_abandoned(root: Path) -> None:
+    """What processes of this host left behind that were ended, by a signal or else, before they had built it."""
+    for path in root.glob(f".*.{socket.gethostname()}.*.*.tmp"):
+        try:
+            os.kill(int(path.name.split(".")[-3]), 0)
+        except ProcessLookupError:
+            remove(path)
+        except PermissionError:
+            pass  # another user's, and alive
 
 
 def _key(*parts: object) -> str:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from modeling.cross_entropy import NO_TARGET
 from trainer.data import PAD_ID, RowLayout, TrainOrder, eval_batches, micro_batches
 from trainer.data.batches import WINDOW_BATCHES
 
@@ -61,7 +62,7 @@ def check_deal(sequences, ids, world, micro, per_rank):
             rows = contents(batch)
             seen.update(rows)
             assert len(rows) <= micro
-            assert batch.num_tokens == sum(len(targets) for _, targets in rows)
+            assert int((batch.targets_BS != NO_TARGET).sum()) == sum(len(targets) for _, targets in rows)
             if rows:
                 longest = max(len(inputs) for inputs, _ in rows)
                 width = min(-(-longest // 16) * 16, int(sequences.lengths.max()))
@@ -103,7 +104,7 @@ def test_eval_batches_cover_everything_once():
 def test_a_rank_without_rows_gets_a_masked_batch():
     (batch,) = micro_batches(Rows([4]), [0], 1, 2, 3)
     assert batch.input_ids_BS.tolist() == [[PAD_ID]] and batch.targets_BS.tolist() == [[-100]]
-    assert batch.attention_mask_BS.tolist() == [[False]] and batch.num_tokens == 0
+    assert batch.attention_mask_BS.tolist() == [[False]] and int((batch.targets_BS != NO_TARGET).sum()) == 0
 
 
 def test_micro_batch_size_is_checked():

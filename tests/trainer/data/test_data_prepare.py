@@ -2,7 +2,11 @@
 
 import dataclasses
 import json
+import os
 import shutil
+import socket
+import subprocess
+import sys
 
 import pytest
 
@@ -151,6 +155,28 @@ def test_interrupted_build_leaves_no_entry(config, monkeypatch, tmp_path):
             prepare_data(config, VOCAB, SEQ, 0)
     assert [name for name in entries(tmp_path) if not name.startswith("tokenizer-")] == []
     assert len(open_data(prepare_data(config, VOCAB, SEQ, 0)).validation) >= 10
+
+
+def test_what_a_killed_process_left_behind_is_removed_and_what_a_live_one_builds_is_not(config, tmp_path):
+    host, folder = socket.gethostname(), prepare_data(config, VOCAB, SEQ, 0)
+    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
+        pass
+    owners = [(host, ended.pid), (host, os.getpid()), ("elsewhere", ended.pid)]
+    names = [f".data-x.{name}.{process}.0123abcd.tmp" for name, process in owners]
+    for name in names:
+        (folder.parent / name).mkdir()
+        (folder.parent / name / "part").touch()
+    prepare_data(config, VOCAB, SEQ + 1, 0)
+    assert [(folder.parent / name).exists() for name in names] == [False, True, True]
+
+
+def test_an_entry_does_not_tell_of_other_settings(config):
+    """Two runs with the same texts and tokens, of which one asked for a larger vocabulary than the text fills."""
+    config = dataclasses.replace(config, train_documents=3, allow_fewer=True)
+    few, more = (open_data(prepare_data(config, size, SEQ, 0)) for size in (4000, 5000))
+    assert few.fingerprint == more.fingerprint and few.validation_hash == more.validation_hash
+    for data, size in ((few, 4000), (more, 5000)):
+        assert data.summary["vocab_size"] == size and f"model.vocab_size={size}" in data.summary["notes"][-1]
 
 
 def test_another_run_got_there_first(config, monkeypatch, tmp_path):

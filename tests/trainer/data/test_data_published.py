@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from modeling.cross_entropy import NO_TARGET
 from trainer.data import (
     DataConfig,
     RowLayout,
@@ -188,7 +189,7 @@ def test_filler_and_rows_without_targets_are_masked(rows_of):
         assert filler.sequence_ids_B.tolist() == [-1] and (filler.token_ids_BS < 0).all()
         (batch,) = micro_batches(sequences, [0], 0, 1, 3)
         assert batch.sequence_ids_B.tolist() == [0] and not batch.is_real_BS.any()
-        assert batch.num_tokens == sequences.targets_per_row[0] == (7 if count_padding else 0)
+        assert int((batch.targets_BS != NO_TARGET).sum()) == sequences.targets_per_row[0] == (7 if count_padding else 0)
         assert sequences.lengths[0] == 0
 
 
@@ -270,4 +271,4 @@ def test_real_tinystories(real_data, tmp_path):
     text = load_documents(config, 0).train[0]
     assert data.train[0].tolist() == [*data.tokenizer.encode(text).ids, EOS]
     (batch,) = micro_batches(data.train, range(32), 0, 1, 32)
-    assert batch.input_ids_BS.shape == (32, 512) and batch.num_tokens == 32 * 511
+    assert batch.input_ids_BS.shape == (32, 512) and int((batch.targets_BS != NO_TARGET).sum()) == 32 * 511
