@@ -26,7 +26,9 @@ KINDS = {
     bool: ("zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "wall_clock_breakdown", "memory_breakdown",
            "dump_state", "prescale_gradients", "disable_allgather"),
     int: ("steps_per_print",),
+    float: ("gradient_predivide_factor",),
 }  # fmt: skip
+REDUCTIONS = ("communication_data_type", "seq_parallel_communication_data_type")
 GRADIENT_DTYPES = ("fp32", "bf16")
 
 
@@ -44,8 +46,12 @@ def load_ds_config(path: str, experiment: Experiment, layout: Layout, world_size
             raise ValueError(f"--ds_config {path}: unknown key {key}; {hint}")
     for kind, keys in KINDS.items():
         for key in keys:
-            if key in config and type(config[key]) is not kind:
+            whole_too = kind is float and key in config and type(config[key]) is int
+            if key in config and type(config[key]) is not kind and not whole_too:
                 raise ValueError(f"--ds_config {path}: {key} = {shown(config[key])}; write a JSON {kind.__name__}")
+    for key in REDUCTIONS:
+        if config.get(key) not in (None, *GRADIENT_DTYPES):
+            raise ValueError(f"--ds_config {path}: {key} = {shown(config[key])}; one of: {', '.join(GRADIENT_DTYPES)}")
     zero = _section(config, "zero_optimization", path)
     stage = zero.get("stage")
     if stage not in (1, 2) or isinstance(stage, bool):

@@ -156,7 +156,7 @@ def check_ds_config(path: str, config: dict[str, Any]) -> None:
 
         try:
             DeepSpeedConfig({**config, **one_rank})
-        except (ValueError, TypeError, AssertionError) as error:
+        except (ValueError, TypeError, AttributeError, AssertionError) as error:
             reason = str(error)
             if hasattr(error, "errors"):  # pydantic's, several lines long
                 details = error.errors()[0]
