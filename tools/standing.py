@@ -10,14 +10,13 @@ A run is
 """
 
 import os
-import re
-import socket
 from pathlib import Path
 from typing import NamedTuple
 
 from tools.runs import FAILED, Run, number
 from trainer.config import ParallelConfig
 from trainer.lock import NAME as LOCK
+from trainer.lock import is_gone
 
 STATUSES = ("running", "failed?", "failed", "stopped", "done")
 """In the order in which they are shown."""
@@ -58,9 +57,8 @@ def _status(run: Run, silent: float) -> tuple[str, str]:
         if last.get("finished"):
             return "done", ""
         return "stopped", f"by {last['stopped_by']}" if "stopped_by" in last else "as --max_steps asked"
-    process = _owner(run.folder)
-    if process is not None and not _is_alive(process):
-        return "failed", f"process {process} is gone, without an end in metrics.jsonl"
+    if _is_abandoned(run.folder):
+        return "failed", "its process is gone, without an end in metrics.jsonl"
     parallel = ParallelConfig() if run.experiment is None else run.experiment.parallel
     longest = max((number(record.get("seconds")) or 0 for record in run.records), default=0)
     if silent > max(60 * parallel.timeout_minutes, 3 * longest):
@@ -68,21 +66,9 @@ def _status(run: Run, silent: float) -> tuple[str, str]:
     return "running", ""
 
 
-def _owner(folder: Path) -> int | None:
-    """The process that holds the run's lock, or did when it was killed; None where that is on another machine."""
+def _is_abandoned(folder: Path) -> bool:
+    """Whether the process that held the run's lock was killed or failed."""
     try:
-        text = (folder / LOCK).read_text(encoding="utf-8", errors="replace")
+        return is_gone((folder / LOCK).read_text(encoding="utf-8", errors="replace"))
     except OSError:
-        return None
-    match = re.match(r"host (\S+) process (\d+)\b", text)
-    return int(match[2]) if match and match[1] == socket.gethostname() else None
-
-
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
         return False
-    except (PermissionError, OverflowError):
-        return True
-    return True

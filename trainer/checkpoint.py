@@ -50,7 +50,8 @@ FILES = (*TENSORS, STATE)
 REPLACEMENT = ".new"
 """Suffix of a checkpoint that is about to take the place of one of the same step."""
 
-# What may differ between a checkpoint and the run that resumes it, since no number of the curve depends on it.
+# What may differ between a checkpoint and the run that resumes it, since no number of the curve depends on it. (After NaN
+# it does: evaluations and checkpoints that are due make the checkpoints that `train.on_nan = rollback` goes back to.)
 # The data's path may change; its content is compared by hash.
 FREE_KEYS = {
     "name", "data.path", "data.cache_dir", "data.allow_fewer", "train.max_micro_batch", "train.eval_every",
@@ -254,6 +255,7 @@ def save_checkpoint(
     step, checkpoints = snapshot.state.step, output_dir / "checkpoints"
     final = checkpoint_folder(output_dir, step)
     temporary = checkpoints / f".tmp-{final.name}"
+    is_in_place = False
     try:
         with faults.stage("begin", step):
             checkpoints.mkdir(parents=True, exist_ok=True)
@@ -266,6 +268,7 @@ def save_checkpoint(
         _write_files(temporary, snapshot, faults, on_file)
         with faults.stage("rename", step):
             _put_in_place(temporary, final)
+        is_in_place = True
         with faults.stage("pointer", step):
             write_text_atomically(checkpoints / POINTER, final.name)
         with faults.stage("clean", step):
@@ -274,9 +277,11 @@ def save_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)
         whole = checkpoint_folders(checkpoints)
         former = f"{whole[0].name} is the newest and untouched" if whole else "there is none before it"
+        failed, state = "cannot be written", f"{megabytes(snapshot.num_bytes)} needed, {describe_free(output_dir)}; {former}"
+        if is_in_place:
+            failed, state = "is whole, but what goes with it cannot be done", describe_free(output_dir)
         raise StorageError(
-            f"checkpoint {final} cannot be written ({error.strerror}): {megabytes(snapshot.num_bytes)} needed, "
-            f"{describe_free(output_dir)}; {former}; make room and give the same command again"
+            f"checkpoint {final} {failed} ({error.strerror}): {state}; make room and give the same command again"
         ) from error
     return final
 

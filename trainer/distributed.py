@@ -67,8 +67,9 @@ class Launch:
         settings = {"RANK": self.rank, "WORLD_SIZE": self.world_size, "LOCAL_RANK": self.local_rank}
         for name, value in {**settings, "LOCAL_WORLD_SIZE": self.local_world_size}.items():
             os.environ.setdefault(name, str(value))
-        if self.world_size == 1:
-            # A lone process meets nobody: port 0 lets the system choose, so runs side by side cannot collide.
+        if self.world_size == 1 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+            # A lone process meets nobody: port 0 lets the system choose, so runs side by side cannot collide. (Under
+            # torchrun it meets torchrun, whose port it must keep.)
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
         elif "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
             if "SLURM_STEP_NODELIST" not in os.environ:

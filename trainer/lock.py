@@ -1,10 +1,12 @@
 """One live run a folder: rank 0 holds a lock on a file in it.
 
-The system frees it when the process ends, however it ends. The file stays, with the owner's name while it lives.
+The system frees it when the process ends, however it ends. The file stays, with the owner's name in it until the owner
+ends well: a name without a process tells of a run that failed.
 """
 
 import fcntl
 import os
+import re
 import socket
 import time
 from datetime import UTC, datetime
@@ -15,6 +17,20 @@ from trainer.storage import StorageError
 NAME = ".lock"
 LEASE_SECONDS = 100
 """How long a server of files may take to notice that a node with a lock is gone."""
+
+
+def is_gone(owner: str) -> bool:
+    """Whether the process that `FolderLock.sign` named was one of this host and is no more."""
+    match = re.match(r"host (\S+) process (\d+)\b", owner)
+    if match is None or match[1] != socket.gethostname():
+        return False
+    try:
+        os.kill(int(match[2]), 0)
+    except ProcessLookupError:
+        return True
+    except (PermissionError, OverflowError):
+        return False
+    return False
 
 
 class FolderLock:
@@ -35,7 +51,6 @@ class FolderLock:
         self._file = open(os.open(folder / NAME, flags, 0o644), "r+b", buffering=0)
         try:
             self._take(folder)
-            self._write("")  # a killed owner's name
         except BaseException:
             self._file.close()
             raise
@@ -59,7 +74,7 @@ class FolderLock:
         self._write(f"host {socket.gethostname()} process {os.getpid()}{job} since {since}")
 
     def release(self) -> None:
-        """Let others have the folder."""
+        """Let others have the folder, and leave it without a name."""
         self._write("")
         self._file.close()
 
@@ -76,7 +91,9 @@ class FolderLock:
     def _take(self, folder: Path) -> None:
         deadline = None
         while not self._try(folder):
-            owner = self._read() or "just starting"
+            owner = self._read()
+            if not owner or is_gone(owner):  # the former owner's name, which stays until the next has signed
+                owner = "just starting"
             elsewhere = owner.startswith("host ") and not owner.startswith(f"host {socket.gethostname()} ")
             if deadline is None:
                 deadline = time.monotonic() + (LEASE_SECONDS if elsewhere else 0)

@@ -19,7 +19,7 @@ from trainer.config import Experiment
 from trainer.console import Console
 from trainer.data import Batch, Dataset, TrainOrder, micro_batches
 from trainer.diagnose import NumericalFault, find_suspects
-from trainer.distributed import Layout, gather_texts
+from trainer.distributed import Layout, broadcast_text, gather_texts
 from trainer.engine import Engine, StepResult
 from trainer.evaluate import evaluate
 from trainer.faults import Faults
@@ -29,6 +29,7 @@ from trainer.placement import begin_placement, replan_if_due
 from trainer.saver import Saver
 from trainer.schedule import learning_rate
 from trainer.stopping import StopSignals
+from trainer.storage import StorageError
 from trainer.watchdog import Progress
 
 FEW = 4
@@ -40,7 +41,8 @@ class Trainer:
     """One run in progress.
 
     `state` moves with every step; `log` is None on every rank but 0; `key_group` is a process group of all ranks that nobody
-    else uses. `stopped_by` says which signal on which rank ends the run, once the ranks know of one.
+    else uses; `origin` is the folder of the run that this one was resumed from, where that is another. `stopped_by` says
+    which signal on which rank ends the run, once the ranks know of one.
     """
 
     experiment: Experiment
@@ -53,6 +55,7 @@ class Trainer:
     log: RunLog | None
     console: Console
     key_group: dist.ProcessGroup
+    origin: Path | None = None
     signals: StopSignals = field(default_factory=StopSignals)
     progress: Progress = field(default_factory=Progress)
     freed_memory: FreedMemory = field(default_factory=FreedMemory)
@@ -116,6 +119,7 @@ class Trainer:
         state, stopped = self.state, {} if self.stopped_by is None else {"stopped_by": self.stopped_by}
         finished = state.step >= state.total_steps and not state.evaluation_due
         self._record("end", step=state.step, finished=finished, **stopped)
+        self._agree()
         return state.step >= stop and not state.evaluation_due
 
     def _evaluate_and_save(self, stop: int) -> None:
@@ -178,14 +182,18 @@ class Trainer:
         """The sum of `value` over the ranks, who learn in the same collective whether one of them got a signal.
 
         Raises:
-            StorageError: on every rank, where a checkpoint could not be written while training went on.
+            StorageError: on every rank, where rank 0 could not write its records, or a checkpoint while training went on.
         """
         received = self.signals.received
-        sums_3 = torch.tensor([0.0, received is not None, self._saver.failed()], device=self.engine.device)
+        has_failed = self._saver.failed() or (self.log is not None and self.log.error is not None)
+        sums_3 = torch.tensor([0.0, received is not None, has_failed], device=self.engine.device)
         sums_3[0] = value
         dist.all_reduce(sums_3)
         total, signalled, failed = sums_3.tolist()
         if failed:
+            message = broadcast_text("" if self.log is None or self.log.error is None else str(self.log.error))
+            if message:
+                raise StorageError(message)
             self._saver.wait()
         if signalled and self.stopped_by is None:
             names = gather_texts("" if received is None else received.name)
@@ -214,6 +222,8 @@ class Trainer:
             raise NumericalFault(f"{fault}; there is no checkpoint to go back to")
         self._saver.wait()
         folder = checkpoint_folder(self.output_dir, state.rollback_to)
+        if self.origin is not None and not folder.exists():
+            folder = checkpoint_folder(self.origin, state.rollback_to)
         try:
             saved = read_state(folder)
             self.engine.load_core_state(load_checkpoint(folder, saved, self.stores))
@@ -283,7 +293,8 @@ class Trainer:
         )
 
     def _evaluate(self) -> bool:
-        """Measure on the validation split, unless a signal comes; whether it is the best so far."""
+        """Measure on the validation split, unless a signal comes; whether it is the best so far of those that the settings
+        ask for. One that is made because the run is asked to stop here is none of them, so that a stop changes nothing."""
         began, engine = time.perf_counter(), self.engine
         measured = evaluate(
             engine.model, self.dataset.validation, self.experiment, self.layout.micro_batch, engine.device, self._gives_up
@@ -293,7 +304,8 @@ class Trainer:
         self.state.evaluation_due = False
         step, loss = self.state.step, measured["val_loss"]
         self.state.val_loss = loss
-        is_best = self.state.best is None or loss < self.state.best["val_loss"]
+        is_asked_for = step % self._eval_every == 0 or step == self.state.total_steps
+        is_best = is_asked_for and (self.state.best is None or loss < self.state.best["val_loss"])
         if is_best:
             self.state.best = {"step": step, "val_loss": loss}
         self._record(
@@ -333,6 +345,9 @@ class Trainer:
             state.rollback_to = state.step
             state.rolled_back = state.rolled_back if state.rolled_back == state.step else None
         self.progress.mark("writing a checkpoint", state.step)
+        if self.log is not None:
+            self.log.sync()  # a checkpoint must not outlive the records of its steps
+        self._agree()
         self._saver.save(state, core, self.stores, began)
         self._agree()
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from modeling.some import KeyStatistics, KeyStore, Routing
 from modeling.some.placement import Placement
-from trainer.storage import StorageError, describe_free
+from trainer.storage import StorageError, describe_free, write_text_atomically
 
 if TYPE_CHECKING:
     from trainer.board import Board
@@ -146,63 +146,73 @@ def accumulate_statistics(
 class RunLog:
     """Appends one JSON object a line to `metrics.jsonl` and shows it on the run's board, if it has one; rank 0 only.
 
-    On resume, records after the resumed step are dropped, so that every step appears once; with `evaluates` also the
-    resumed step's evaluation, which is about to be made again. Methods raise StorageError where the disk takes no more.
+    On resume, records after the resumed step are dropped, so that every step appears once, and lines that are no records;
+    with `evaluates` also the resumed step's evaluation, which is about to be made again.
+
+    Attributes:
+        error: why nothing is written any more; None = all is well. Methods do not raise it, since the other ranks have to
+            learn of it first.
+
+    Raises:
+        StorageError: the file cannot be opened.
     """
 
     def __init__(self, output_dir: Path, resumed_step: int, board: "Board | None" = None, evaluates: bool = False):
-        self._path = output_dir / "metrics.jsonl"
-        with self._storage():
+        self._path, self.error = output_dir / "metrics.jsonl", None
+        with self._noting_errors():
             output_dir.mkdir(parents=True, exist_ok=True)
             if self._path.exists():
                 self._drop_after(resumed_step, evaluates)
             self._file = open(self._path, "a", encoding="utf-8", buffering=1)
+        if self.error is not None:
+            raise self.error
         self._board = board
 
     def _drop_after(self, step: int, evaluates: bool) -> None:
         kept = []
-        for line in self._path.read_text(encoding="utf-8").splitlines(keepends=True):
+        for line in self._path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
             try:
                 record = json.loads(line)
-            except json.JSONDecodeError:
-                continue  # a line cut short by a crash belongs to a step that is run again
-            # A run that starts over at step 0 evaluates there again.
-            happened = record.get("step", 0) <= step and (step > 0 or record["event"] == "start")
-            is_made_again = evaluates and record["event"] == "eval" and record["step"] == step
-            if happened and record["event"] != "end" and not is_made_again:
+                event, happened_at = record["event"], record.get("step", 0)
+                # A run that starts over at step 0 evaluates there again.
+                happened = happened_at <= step and (step > 0 or event == "start")
+            except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+                continue  # cut short by a crash, so of a step that is run again, or damaged
+            is_made_again = evaluates and event == "eval" and happened_at == step
+            if happened and event != "end" and not is_made_again:
                 kept.append(line)
-        temporary = self._path.with_suffix(".tmp")
-        temporary.write_text("".join(kept), encoding="utf-8")
-        temporary.replace(self._path)
+        write_text_atomically(self._path, "".join(kept))
 
     def write(self, event: str, **values: Any) -> None:
         """One record; floats that JSON cannot hold are written as null."""
-        clean = {key: _finite(value) for key, value in values.items()}
-        with self._storage():
-            self._file.write(json.dumps({"event": event, **clean}) + "\n")
+        if self.error is not None:
+            return
+        clean = _finite(values)
+        with self._noting_errors():
+            self._file.write(json.dumps({"event": event, **clean}, allow_nan=False) + "\n")
             if self._board is not None:
                 self._board.write(event, values)
 
     def show_stores(self, step: int, stores: list[KeyStore]) -> None:
         """The key stores at an evaluation, for the board only."""
         if self._board is not None:
-            with self._storage():
+            with self._noting_errors():
                 self._board.show_stores(step, stores)
 
     def sync(self) -> None:
         """Bring every record down to the disk: a checkpoint must not outlive the records of its steps."""
-        with self._storage():
+        with self._noting_errors():
             os.fsync(self._file.fileno())
 
     @contextmanager
-    def _storage(self) -> Iterator[None]:
+    def _noting_errors(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            raise StorageError(
+            self.error = self.error or StorageError(
                 f"{self._path}: cannot be written ({error.strerror}), {describe_free(self._path.parent)}; make room and "
                 f"give the same command again"
-            ) from error
+            )
 
     def close(self) -> None:
         self._file.close()
@@ -211,4 +221,8 @@ class RunLog:
 
 
 def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -58,7 +58,7 @@ from trainer.plan import Deployment, Sharding, check_expert_size, check_memory, 
 from trainer.resume import Found, find_checkpoint
 from trainer.runfolder import began_here, check_writable, set_aside, write_config
 from trainer.stopping import StopSignals
-from trainer.storage import StorageError
+from trainer.storage import StorageError, describe_free, is_failing
 from trainer.text import error_line
 from trainer.watchdog import Watchdog
 
@@ -74,6 +74,7 @@ def main() -> None:
         launch = Launch.from_environment()
         arguments = parse_arguments()
         if arguments.list:
+            signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a reader such as `head` may have enough
             print_experiments()
             return
         code = run(arguments, launch)
@@ -161,14 +162,17 @@ def run(arguments: argparse.Namespace, launch: Launch) -> int:
             # Ranks that see different folders or sizes of nodes would run different collectives and wait for each other.
             demand_agreement(f"{job.layout}, starting at step {job.saved.step if job.saved else 0}")
             if launch.rank == 0 and job.continues:
-                job.found.set_skipped_aside()  # every rank has looked at them
+                # The run is going to start, and every rank has looked at what lies there.
+                job.found.set_skipped_aside()
+                job.found.clean(job.experiment.checkpoint.keep)
             trainer = prepare_trainer(job, Path(broadcast_text(str(data_folder))), device)
             with Watchdog(trainer.progress, timeout):
-                return train(trainer, signals, arguments.max_steps)
+                code = train(trainer, signals, arguments.max_steps)
         finally:
             dist.destroy_process_group()
-            if job.lock is not None:
-                job.lock.release()
+        if job.lock is not None:
+            job.lock.release()
+        return code
 
 
 def train(trainer: Trainer, signals: StopSignals, max_steps: int | None) -> int:
@@ -234,13 +238,9 @@ def deployment(job: Job) -> Deployment:
 
 
 def report_skipped(job: Job) -> None:
-    """Say which checkpoints are of no use, and remove what an earlier process left unfinished; rank 0 only."""
-    if job.found is None:
-        return
-    for folder, reason in job.found.skipped.items():
+    """Say which checkpoints are of no use; rank 0 only."""
+    for folder, reason in ({} if job.found is None else job.found.skipped).items():
         print(f"checkpoint {folder} is skipped: {reason}", flush=True)
-    if job.continues and job.lock is not None:
-        job.found.clean(job.experiment.checkpoint.keep)
 
 
 def is_done(job: Job, max_steps: int | None) -> bool:
@@ -273,9 +273,13 @@ def prepare_folder_and_data(job: Job) -> Path:
             job.output_dir.mkdir()
             job.lock = FolderLock(job.output_dir, create=True)
         job.lock.sign()
-        summary = open_data(data_folder).summary
-        write_config(job.output_dir, experiment, job.launch, job.layout, job.ds_config, summary)
+        write_config(job.output_dir, experiment, job.launch, job.layout, job.ds_config, open_data(data_folder))
     except OSError as error:
+        if is_failing(error):
+            raise StorageError(
+                f"--output_dir {job.output_dir}: cannot be written ({error.strerror}), {describe_free(job.output_dir)}; "
+                "make room and give the same command again"
+            ) from None
         raise ValueError(f"--output_dir {job.output_dir}: cannot be written ({error.strerror}); choose another") from None
     if aside is not None:
         say(f"the earlier run was moved to {aside}")
@@ -322,6 +326,7 @@ def prepare_trainer(job: Job, data_folder: Path, device: torch.device) -> Traine
         log=log,
         console=console,
         key_group=key_store_group(experiment.parallel.timeout_minutes),
+        origin=None if job.checkpoint is None or job.continues else job.checkpoint.parent.parent,
     )
 
 

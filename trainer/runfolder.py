@@ -11,8 +11,9 @@ from typing import Any
 import torch
 import yaml
 
-from trainer.checkpoint import differing_keys
+from trainer.checkpoint import checkpoint_folders, differing_keys
 from trainer.config import Experiment, experiment_from_dict
+from trainer.data import Dataset
 from trainer.distributed import Launch, Layout
 from trainer.storage import write_text_atomically
 from trainer.text import kind_of
@@ -56,9 +57,18 @@ def _nearest_existing(path: Path) -> Path:
 
 
 def set_aside(output_dir: Path) -> Path | None:
-    """Rename an existing run's folder to the next free `<name>.N`; nothing is ever deleted."""
-    if not (output_dir / "config.yaml").exists():
+    """Rename an existing run's folder to the next free `<name>.N`; nothing is ever deleted.
+
+    Raises:
+        ValueError: we run inside of it.
+    """
+    output_dir = output_dir.resolve()
+    if not (output_dir / "config.yaml").exists() and not checkpoint_folders(output_dir / "checkpoints"):
         return None
+    if Path.cwd().is_relative_to(output_dir):
+        raise ValueError(
+            f"--output_dir {output_dir}: holds a run that must be moved aside, and is where we run; run elsewhere"
+        )
     number = 1
     while output_dir.with_name(f"{output_dir.name}.{number}").exists():
         number += 1
@@ -82,7 +92,7 @@ def began_here(output_dir: Path, experiment: Experiment, ds_config: dict[str, An
 
 
 def write_config(
-    output_dir: Path, experiment: Experiment, launch: Launch, layout: Layout, ds_config: dict[str, Any], data: dict[str, Any]
+    output_dir: Path, experiment: Experiment, launch: Launch, layout: Layout, ds_config: dict[str, Any], dataset: Dataset
 ) -> None:
     """`config.yaml`: the resolved experiment (readable by `--experiment`) and, under `run`, how and with what it was run."""
     how = {
@@ -96,7 +106,10 @@ def write_config(
         "ds_config": ds_config,
         "torch": str(torch.__version__),
         "deepspeed": metadata.version("deepspeed"),
-        "data": data,
+        "data": dataset.summary,
+        "data_sha256": dataset.fingerprint,
+        "validation_sha256": dataset.validation_hash,
+        "tokenizer_sha256": dataset.tokenizer_hash,
     }
     output_dir.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump({**experiment.to_dict(), "run": how}, sort_keys=False)
@@ -104,9 +117,15 @@ def write_config(
 
 
 def git_commit() -> str | None:
-    """The commit of the code, with `-dirty` when it is changed; None outside a repository."""
-    command = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    """The commit of the code, with `-dirty` when it is changed; None outside a repository of its own."""
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        # Installed into an environment that lies in some other repository, that one's commit would say nothing.
+        if Path(_git("rev-parse", "--show-toplevel")).resolve() != REPOSITORY:
+            return None
+        return _git("describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def _git(*words: str) -> str:
+    return subprocess.run(["git", "-C", str(REPOSITORY), *words], capture_output=True, text=True, check=True).stdout.strip()

@@ -58,8 +58,6 @@ class Saver:
         """
         assert self._writing is None, "one at a time"
         if dist.get_rank() == 0:
-            if self._log is not None:
-                self._log.sync()
             self._writing = self._thread.submit(self._write, Snapshot.of(state, core, stores), began)
         if not self._config.asynchronous:
             self.wait()

@@ -34,10 +34,13 @@ def test_another_live_run_is_named_and_a_dead_one_is_no_hindrance(tmp_path):
     process.kill()
     process.join()
     taken = FolderLock.existing(tmp_path)
-    assert (tmp_path / ".lock").read_text() == "", "the dead run's name is gone"
+    assert f"process {pid} " in (tmp_path / ".lock").read_text(), "it tells that the run failed, until another has signed"
     with pytest.raises(ValueError, match="just starting"):
         FolderLock(tmp_path, create=False)
+    taken.sign()
+    assert f"process {os.getpid()} " in (tmp_path / ".lock").read_text()
     taken.release()
+    assert (tmp_path / ".lock").read_text() == ""
     FolderLock(tmp_path, create=False).release()
 
 

@@ -64,13 +64,20 @@ def _go_back(rank: int, folder: str) -> list[str]:
                     shutil.rmtree(path)
         dist.barrier()
         faults.append(_run(make(folder, name, bad)))
+    # Stopped on the way, after a step at which nothing is due: what is evaluated there is no place to go back to.
+    stopped = make(folder, "stopped", bad)
+    stopped.run(3)
+    if stopped.log is not None:
+        stopped.log.close()
+    dist.barrier()
+    faults.append(_run(make(folder, "stopped", bad)))
     return [*faults, _run(make(folder, "twice", {6, 7, 8, 9}))]
 
 
 def test_going_back_leaves_data_out_and_is_repeated_by_a_killed_run(tmp_path):
     first, second = run_ranks(_go_back, 2, str(tmp_path))
-    assert first == second and first[:3] == ["", "", ""]
-    assert "step 9: " in first[3] and first[3].endswith("no checkpoint was due since the run went back at step 7")
+    assert first == second and first[:4] == ["", "", "", ""]
+    assert "step 9: " in first[4] and first[4].endswith("no checkpoint was due since the run went back at step 7")
     assert checkpoint_at(tmp_path / "twice").folder.name == "step_00000008"
 
     whole = tmp_path / "whole"
@@ -78,7 +85,7 @@ def test_going_back_leaves_data_out_and_is_repeated_by_a_killed_run(tmp_path):
     assert (back["step"], back["to"], back["suspects"]) == (7, 5, "the output of blocks.1.attention")
     skipped = [record["skipped"] for record in records(whole, "train")]
     assert skipped == [0, 0, 0, 0, 0, 1, 2, 2, 2, 2]
-    folders = [tmp_path / name for name in ("whole", "killed_after_7", "killed_after_4")]
+    folders = [tmp_path / name for name in ("whole", "killed_after_7", "killed_after_4", "stopped")]
     ends = [checkpoint_at(folder).folder for folder in folders]
     assert read_state(ends[0]).optimizer_steps == STEPS - 2 and read_state(ends[0]).rolled_back is None
     for folder, end in zip(folders[1:], ends[1:], strict=True):

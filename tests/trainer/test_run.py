@@ -1,7 +1,11 @@
 """The command line: refusals before the ranks meet, what a run leaves behind, and every launcher."""
 
+import contextlib
+import errno
 import hashlib
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -113,8 +117,11 @@ def test_a_run_leaves_what_the_readme_says(finished):
     output_dir, _, printed = finished
     assert "Once upon a time" in printed and f"finished at step 4: {output_dir}" in printed
     config = yaml.safe_load((output_dir / "config.yaml").read_text())
+    hashes = [config["run"][f"{what}_sha256"] for what in ("data", "validation", "tokenizer")]
+    assert len({value for value in hashes if re.fullmatch("[0-9a-f]{64}", value)}) == 3
     assert config["run"]["world_size"] == 1 and config["run"]["torch"] and config["run"]["data"]["train"]["documents"] == 200
-    assert load_experiment(str(output_dir / "config.yaml")).train.steps == 4
+    again = load_experiment(str(output_dir / "config.yaml"), [f"data.cache_dir={config['data']['cache_dir']}"])
+    assert again.train.steps == 4
     assert [r["step"] for r in records(output_dir, "eval")] == [0, 2, 4]
     assert [r["step"] for r in records(output_dir, "checkpoint")] == [2, 4]
     assert records(output_dir, "end") == [{"event": "end", "step": 4, "finished": True}]
@@ -132,6 +139,11 @@ def test_a_finished_run_says_so_and_how_to_start_anew(finished, monkeypatch, cap
     printed = capsys.readouterr().out
     assert "is finished at step 4" in printed and "--resume never" in printed
     assert len(losses(output_dir)) == 4
+    before = contents(output_dir)
+    for more in ([], ["--set", "data.name=text", "--set", f"data.path={output_dir}/none"]):
+        with contextlib.suppress(SystemExit):
+            call(monkeypatch, *arguments, "--set", "checkpoint.keep=1", *more)
+    assert contents(output_dir) == before, "only a run that starts removes checkpoints that are too many"
 
 
 def test_other_settings_in_the_same_folder_are_refused(finished, monkeypatch, capsys):
@@ -166,11 +178,12 @@ def test_a_damaged_checkpoint_is_named_and_skipped_and_never_silently_all(finish
     shutil.copytree(output_dir, copy)
     (copy / "checkpoints" / ".tmp-step_00000004").mkdir()
     (copy / "checkpoints" / "step_00000004" / "core.safetensors").write_bytes(b"")
+    before = contents(copy)
     call(monkeypatch, *arguments, "--output_dir", str(copy), "--max_steps", "2")
     printed = capsys.readouterr().out
     assert f"checkpoint {copy}/checkpoints/step_00000004 is skipped: core.safetensors has 0 bytes instead of" in printed
     assert "has reached --max_steps 2 at step 2" in printed
-    assert not list(copy.glob("checkpoints/.tmp*")), "a start cleans up"
+    assert contents(copy) == before and list(copy.glob("checkpoints/.tmp*")), "what does not start changes nothing"
     (copy / "checkpoints" / "step_00000002" / "manifest.json").unlink()
     before = contents(copy)
     with pytest.raises(SystemExit) as ended:
@@ -205,6 +218,35 @@ def test_a_run_that_died_before_its_first_checkpoint_starts_over_in_place(finish
         with pytest.raises(pytest.fail.Exception, match="a process group formed"):
             call(monkeypatch, *arguments, "--output_dir", str(copy), *more)
         assert sorted(path.name for path in tmp_path.iterdir()) == folders
+
+
+def test_a_disk_that_is_full_at_the_start_is_no_refusal(finished, monkeypatch, capsys, tmp_path):
+    """A job that is refused is not started again."""
+
+    def write(*arguments):
+        raise OSError(number, os.strerror(number))
+
+    for number, code in ((errno.ENOSPC, FAILED), (errno.EROFS, REFUSED)):
+        monkeypatch.setattr(run, "write_config", write)
+        with pytest.raises(SystemExit) as ended:
+            call(monkeypatch, *finished[1], "--output_dir", str(tmp_path / "run"))
+        assert ended.value.code == code
+        assert f"cannot be written ({os.strerror(number)})" in capsys.readouterr().err
+
+
+def test_a_folder_with_nothing_but_checkpoints_is_moved_aside(finished, monkeypatch, capsys, tmp_path):
+    output_dir, arguments, _ = finished
+    copy = tmp_path / "run"
+    shutil.copytree(output_dir / "checkpoints", copy / "checkpoints")
+    monkeypatch.chdir(copy)
+    for folder in (".", "checkpoints/.."):
+        with pytest.raises(SystemExit):
+            call(monkeypatch, *arguments, "--output_dir", folder, "--resume", "never")
+        assert "is where we run; run elsewhere" in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(pytest.fail.Exception, match="a process group formed"):
+        call(monkeypatch, *arguments, "--output_dir", str(copy), "--resume", "never")
+    assert (tmp_path / "run.1" / "checkpoints" / "latest").exists() and not (copy / "checkpoints").exists()
 
 
 def test_a_full_disk_ends_two_ranks_with_one_line(finished, tmp_path):
@@ -257,8 +299,9 @@ def test_every_ds_config_trains(name, tmp_path, cache_dir):
     [
         ["deepspeed", "--quiet", "--num_gpus", "2", "--master_port", "{port}"],
         ["torchrun", "--nproc-per-node", "2", "--master-port", "{port}"],
+        ["torchrun", "--nproc-per-node", "1", "--master-port", "{port}"],
     ],
-    ids=lambda launcher: launcher[0],
+    ids=lambda launcher: f"{launcher[0]} {launcher[-3]}",
 )
 def test_launchers(launcher, finished, tmp_path, cache_dir):
     from tests.distributed import free_port
@@ -270,7 +313,7 @@ def test_launchers(launcher, finished, tmp_path, cache_dir):
         [*command, SCRIPT, *arguments], env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=240
     )
     assert result.returncode == 0, result.stdout + result.stderr
-    assert records(tmp_path / "run", "start")[0]["world_size"] == 2
+    assert records(tmp_path / "run", "start")[0]["world_size"] == int(launcher[-3])
     assert losses(tmp_path / "run") == pytest.approx(losses(finished[0])[:2], rel=2e-6)
     shown = [line for line in (result.stdout + result.stderr).splitlines() if "DeepSpeed" in line or "Warning" in line]
     assert not shown, "DeepSpeed's own messages are shown only on request"

@@ -72,6 +72,22 @@ def _train(rank: int, folder: str) -> dict:
             seen["failed"][name] = (trainer.state.step, str(error))
         dist.barrier()
 
+    trainer = make("records")
+    report_step = trainer._report_step
+
+    def on_a_full_disk(*arguments):
+        if trainer.log is not None and trainer.state.step == 3:
+            trainer.log._file.close()
+            trainer.log._file = open("/dev/full", "w", buffering=1)
+        report_step(*arguments)
+
+    trainer._report_step = on_a_full_disk
+    try:
+        trainer.run(6)
+    except StorageError as error:
+        seen["failed"]["records"] = (trainer.state.step, str(error))
+    dist.barrier()
+
     trainer = make("not a number", "faults.nan=rank=1 step=2 count=2", "train.max_micro_batch=1")
     train(trainer, 4)
     seen["skipped"] = (trainer.state.skipped, [store.steps for store in trainer.stores])
@@ -117,6 +133,13 @@ def test_a_failed_save_ends_all_ranks_at_one_step(trained, name, steps):
     assert step in steps
     assert "step_00000002 cannot be written (No space left on device)" in message and "there is none before it" in message
     assert not list((folder / name / "checkpoints").iterdir())
+
+
+def test_records_that_cannot_be_written_end_all_ranks_at_one_step(trained):
+    """At the next collective: the fourth step's."""
+    first, second = (seen["failed"]["records"] for seen in trained[1])
+    assert first == second and first[0] in (3, 4)
+    assert "metrics.jsonl: cannot be written (No space left on device)" in first[1]
 
 
 def test_a_loss_that_is_no_number_on_one_rank_is_skipped_on_all(trained):
