@@ -106,7 +106,11 @@ DEEPSPEED = {
         {**STAGE2, "data_types": {"grad_accum_dtype": "fp7"}},
         ["data_types.grad_accum_dtype = 'fp7'", "fp32, bf16"],
     ),
-    "communicate": ({**STAGE2, "communication_data_type": "fp8"}, ["communicate.json", "Got: fp8"]),
+    "communicate": ({**STAGE2, "communication_data_type": "fp8"}, ["communication_data_type = 'fp8'; one of: fp32, bf16"]),
+    "communicate_fp16": ({**STAGE2, "communication_data_type": "fp16"}, ["communication_data_type = 'fp16'; one of: fp32"]),
+    "communicate_2": ({**STAGE2, "communication_data_type": 2}, ["communication_data_type = 2; one of: fp32, bf16"]),
+    "predivide": ({**STAGE2, "gradient_predivide_factor": "x"}, ["gradient_predivide_factor = 'x'; write a JSON float"]),
+    "flops_profiler": ({**STAGE2, "flops_profiler": 3}, ["flops_profiler.json"]),
     "print": ({**STAGE2, "steps_per_print": "often"}, ["steps_per_print = 'often'; write a JSON int"]),
 }
 
