@@ -9,15 +9,14 @@ import signal
 import statistics
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
-from tests.launch import REPOSITORY, environment, losses, records
-from tools import reproduce
+from tests.launch import REPOSITORY, environment, interrupted, losses, records, wait_for
+from tools import reproduce, runs
 from tools.results import Row
 from tools.results_table import HEADS, cells
 from tools.runs import FAILED, read_run
@@ -138,20 +137,35 @@ def test_a_failure_is_told_and_the_next_run_starts(tmp_path, monkeypatch):
 def test_a_signal_ends_the_run_and_still_writes_the_table(tmp_path, monkeypatch, number):
     program = f"open({str(tmp_path / 'started')!r}, 'w').close(); import time; time.sleep(60)"
     monkeypatch.setattr(reproduce, "command", lambda *_: [sys.executable, "-c", program])
-    # Tests that a shell started in the background would ignore SIGINT, as the tool does then.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def interrupt() -> None:
-        while not (tmp_path / "started").exists():
-            time.sleep(0.02)
-        os.kill(os.getpid(), number)
-
-    threading.Thread(target=interrupt).start()
-    try:
+    with interrupted((number, tmp_path / "started")):
         assert call(SOME, "--seeds", "2", "--output_dir", str(tmp_path)) == reproduce.EXIT_STOPPED
-    finally:
-        signal.signal(signal.SIGINT, before)
     assert rows(tmp_path)[SOME]["verdict"] == "none: not run"
+
+
+SLOW = """
+import os, signal, subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+signal.signal(signal.SIGTERM, lambda *_: open({asked!r}, "w").close())
+open({started!r}, "w").write(f"{{os.getpid()}} {{child.pid}}")
+while True: time.sleep(0.02)
+"""
+"""Notes that it is asked to stop and does not, like its child, which has a session of its own."""
+
+
+@pytest.mark.parametrize("limit", [0.5, 600])
+def test_what_does_not_stop_is_killed_in_time_or_at_the_second_signal(tmp_path, monkeypatch, capsys, limit):
+    started, asked = tmp_path / "started", tmp_path / "asked"
+    program = SLOW.format(started=str(started), asked=str(asked))
+    monkeypatch.setattr(reproduce, "command", lambda *_: [sys.executable, "-c", program])
+    monkeypatch.setattr(runs, "SECONDS_TO_STOP", limit)
+    second = [(signal.SIGINT, asked)] if limit == 600 else []
+    with interrupted((signal.SIGINT, started), *second):
+        assert call(SOME, "--output_dir", str(tmp_path)) == reproduce.EXIT_STOPPED
+    assert asked.exists() and rows(tmp_path)[SOME]["verdict"] == "none: not run"
+    said = capsys.readouterr().err
+    assert f"at most {limit} s; Ctrl-C kills" in said and "killed; the last checkpoint stays the newest" in said
+    for pid in map(int, started.read_text().split()):
+        wait_for(lambda pid=pid: not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
 
 
 # Verdicts

@@ -2,13 +2,15 @@
 
 import json
 import math
+import signal
 import subprocess
 import sys
 
 import pytest
 import yaml
 
-from tests.launch import environment
+from tests.launch import environment, interrupted
+from tools import study as tool
 from tools.study import REPOSITORY, Study, paired
 from trainer.config import load_experiment
 
@@ -75,6 +77,36 @@ def test_a_study_runs_resumes_and_writes_its_tables(tmp_path):
 def _run(command: list[str]) -> None:
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+PATIENT = """
+import pathlib, signal, sys, time
+folder, own, other = pathlib.Path({folder!r}), {own}, {other}
+def stop(*_):
+    (folder / f"asked_{{own}}").touch()
+    while not (folder / f"asked_{{other}}").exists(): time.sleep(0.02)
+    (folder / f"saved_{{own}}").touch()
+    sys.exit(75)
+signal.signal(signal.SIGTERM, stop)
+(folder / f"started_{{own}}").touch()
+while not (folder / f"started_{{other}}").exists(): time.sleep(0.02)
+(folder / "both").touch()
+while True: time.sleep(0.02)
+"""
+"""Ends well once it and its neighbour have been asked to stop."""
+
+
+def test_a_signal_stops_all_runs_at_once(tmp_path, monkeypatch):
+    def command(_, __, folder, ___):
+        own = int(folder.name.removeprefix("seed_"))
+        return [sys.executable, "-c", PATIENT.format(folder=str(tmp_path), own=own, other=1 - own)]
+
+    monkeypatch.setattr(tool, "command", command)
+    arguments = tool.parse_arguments(["--seeds", "2", "--jobs", "2", "--output_dir", str(tmp_path)])
+    with interrupted((signal.SIGTERM, tmp_path / "both")):
+        failures = tool.run_missing(Study("study", {"a": {}}, []), arguments)
+    assert failures[-1].startswith("stopped; the same command goes on") and len(failures) == 3
+    assert (tmp_path / "saved_0").exists() and (tmp_path / "saved_1").exists()
 
 
 @pytest.mark.parametrize(

@@ -135,14 +135,14 @@ def run_missing(study: Study, arguments: argparse.Namespace) -> list[str]:
 
     failures: list[str] = []
     pool = ThreadPoolExecutor(arguments.jobs)
-    try:
-        with stop_on_signals():
+    with stop_on_signals():
+        try:
             list(pool.map(one, chosen))
-    except KeyboardInterrupt:
-        pool.shutdown(wait=False, cancel_futures=True)
-        stop_all()
-        failures.append("stopped; the same command goes on from the last checkpoints")
-        print(failures[-1], flush=True)
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            stop_all()
+            failures.append("stopped; the same command goes on from the last checkpoints")
+            print(failures[-1], flush=True)
     pool.shutdown()
     return failures
 
