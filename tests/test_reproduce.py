@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import os
 import shutil
 import signal
 import statistics
@@ -290,7 +289,7 @@ def test_collect_finds_every_experiment_and_control_in_the_folder(tmp_path):
     write_run(tmp_path / SOME / "seed_0")
     write_run(tmp_path / f"{SOME}+dense" / "seed_1", control="dense", seed=1)
     (tmp_path / "mine" / "seed_0").mkdir(parents=True)
-    target = tmp_path / "elsewhere" / "table.json"
+    target = tmp_path / "mine" / "table.json"
     assert call("--collect", "--output_dir", str(tmp_path), "--json", str(target)) == 0
     found = json.loads(target.read_text())["rows"]
     assert [(row["experiment"], row["control"], row["seeds"]) for row in found] == [
@@ -318,13 +317,16 @@ def test_collect_finds_every_experiment_and_control_in_the_folder(tmp_path):
         ([SOME, "--ranks", "3"], "does not divide over 3 ranks"),
         ([SOME, DENSE, "--control", "random_keys"], f"{DENSE}+random_keys: control = 'random_keys'"),
         ([SOME, "--control", "random_keys", "--set", "model.some.rules.preset=fixed"], "changes nothing here"),
+        ([SOME, "--json", "table.md"], "--json table.md: the table goes beside it as .md, over it; name it .json"),
+        ([SOME, "--json", "no/such/table.json"], "--json no/such/table.json: cannot be written (No such file"),
+        ([SOME, "--output_dir", __file__], "cannot be used (Not a directory"),
         ([], "no experiment named"),
         (["--collect"], "holds no runs"),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_runs(arguments, named, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(reproduce, "command", lambda *_: pytest.fail("started"))
-    assert call(*arguments, "--output_dir", str(tmp_path)) == 2
+    assert call("--output_dir", str(tmp_path), *arguments) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: ") and named in said and said.count("\n") == 1
     assert not list(tmp_path.iterdir())

@@ -17,7 +17,7 @@ from trainer.config import load_experiment
 TINY = [
     "model.vocab_size=260", "model.d_model=16", "model.num_heads=2", "model.max_seq_len=32", "model.some.num_experts=4",
     "model.some.d_ffn=16", "model.some.top_k=2", "data.name=stories", "data.train_documents=40", "data.val_documents=8",
-    "train.batch_size=8", "train.steps=2", "train.warmup_steps=0",
+    "train.batch_size=8", "train.steps=2", "train.warmup_steps=0", "log.every=1000",
 ]  # fmt: skip
 
 
@@ -68,6 +68,7 @@ def test_a_study_runs_resumes_and_writes_its_tables(tmp_path):
         evals = [json.loads(line) for line in metrics.read_text().splitlines() if '"eval"' in line]
         losses[name] = results["variants"][name]["seeds"]["0"]["val_loss"]
         assert losses[name] == evals[-1]["val_loss"] and evals[-1]["step"] == 2
+        assert results["variants"][name]["seeds"]["0"]["trained_tokens"] is None, "no step was recorded"
     before = {path: path.read_bytes() for path in tmp_path.glob("*/seed_0/metrics.jsonl")}
     _run(command)
     assert before == {path: path.read_bytes() for path in tmp_path.glob("*/seed_0/metrics.jsonl")}
@@ -110,10 +111,36 @@ def test_a_signal_stops_all_runs_at_once(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--jobs", "0"], "--jobs 0 must be at least 1"),
+        (["--only", "none"], "--only none: unknown; known: "),
+        (["--set", "train.step=3"], "train.step: unknown key"),
+        (["--ds_config", "none.json"], "--ds_config none.json: cannot be read (No such file"),
+        (["--ds_config", __file__], "test_study.py: is not JSON"),
+        (["--output_dir", __file__], "test_study.py: cannot be used"),
+        (["--output_dir", "occupied"], "--output_dir occupied/results.md: cannot be written (Is a directory)"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_runs(flags, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tool, "start", lambda *_: pytest.fail("started"))
+    monkeypatch.setattr(sys, "argv", ["study.py", *flags])
+    (tmp_path / "occupied" / "results.md").mkdir(parents=True)
+    with pytest.raises(SystemExit) as refused:
+        tool.main()
+    said = capsys.readouterr().err
+    assert refused.value.code == 2 and said.startswith("error: ") and message in said and said.count("\n") == 1
+    assert not (tmp_path / "runs").exists() and len(list((tmp_path / "occupied").iterdir())) == 1
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("experiment: study", "needs experiment, variants and groups"),
         ("{experiment: study, variants: {a: {}}, groups: [{title: t, question: q, baseline: b, variants: [a]}]}", "'b'"),
+        ("{experiment: study, variants: {a: none}, groups: []}", "variant 'a' = 'none'; write its overrides as keys"),
+        ("{experiment: study, variants: [a], groups: []}", "needs experiment, variants and groups"),
     ],
 )
 def test_a_bad_study_is_refused(tmp_path, text, message):

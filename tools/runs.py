@@ -290,6 +290,21 @@ def _kill(process: subprocess.Popen) -> None:
                 one.kill()
 
 
+def check_writable(path: Path, flag: str) -> None:
+    """Refuse a file that cannot be written, before the work that is to fill it; leaves nothing behind.
+
+    Raises:
+        ValueError: naming the flag and the file.
+    """
+    try:
+        is_new = not path.exists()
+        path.open("a", encoding="utf-8").close()
+        if is_new:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        raise ValueError(f"{flag} {path}: cannot be written ({error.strerror}); choose another") from None
+
+
 @contextmanager
 def stop_on_signals() -> Iterator[None]:
     """SIGTERM (SLURM's, near a time limit) and SIGHUP (a closed terminal) stop like Ctrl-C."""
