@@ -5,15 +5,18 @@ import subprocess
 import sys
 from dataclasses import asdict, replace
 
+import numpy as np
 import pytest
 import yaml
 
 from tests.launch import REPOSITORY, environment
 from tools import plan, scaling
-from tools.options import Cluster
+from tools.options import Cluster, all_options
 from trainer.cluster import read_machine
 from trainer.config import load_experiment
+from trainer.distributed import Launch, Layout
 from trainer.plan import GIB, Sharding
+from trainer.usage import Usage
 
 H100 = read_machine("h100x8", plan.MACHINES)
 
@@ -62,8 +65,14 @@ def ep_size(option: dict) -> int:
         (["b3", "--usage", "zipf:x"], "--usage zipf:x: write it as zipf:0.6"),
         (["b3", "--usage", "no/such/run"], "--usage no/such/run: no such run"),
         (["b3", "--plot", "picture.jpg"], "--plot picture.jpg: must end in .png or .svg"),
-        (["b3", "--plot", "no/such/picture.png"], "the folder no/such does not exist"),
+        (["b3", "--plot", "no/such/picture.png"], "--plot no/such/picture.png: cannot be written (No such file"),
+        (["b3", "--json", "no/such/plan.json"], "--json no/such/plan.json: cannot be written (No such file"),
         (["b3", "--calibrate", "machine.json"], "--calibrate machine.json: must be a .yaml file"),
+        (["b3", "--calibrate", "no/such/m.yaml"], "--calibrate no/such/m.yaml: cannot be written (No such file"),
+        (["b3", "--calibrate", "m.yaml", "--nodes", "2"], "--nodes 2: --calibrate measures the ranks that it runs on"),
+        (["b3", "--calibrate", "m.yaml", "--json", "p.json"], "--json p.json: --calibrate measures the ranks"),
+        (["b3", "--calibrate", "m.yaml", "--usage", "zipf:0"], "leave it out here and give it with --machine m.yaml"),
+        (["b3", "--calibrate", "m.yaml", "--bandwidth", "in_node=0"], "--bandwidth in_node=0: must be a number"),
         (["cmp-dense-tinystories", "--calibrate", "machine.yaml"], "has no SoME layers to measure"),
     ],
 )
@@ -142,10 +151,33 @@ def test_options_are_complete_ordered_and_can_be_run(tmp_path):
     for option in options:
         assert option["memory_bytes"] == sum(option["memory"].values())
         assert option["seconds"] == pytest.approx(sum(option["time"].values()))
-        own = [setting for setting in option["settings"] if not setting.startswith(("parallel.placement", "parallel.rep"))]
-        load_experiment("b3", own)
     skewed = {(ep_size(o), o["placement"], o["deployment"]["replicas"]): o["deployment"]["imbalance"] for o in options}
     assert skewed[16, "contiguous", 0] > skewed[16, "balanced", 0] > skewed[16, "balanced", 16] >= 1
+
+
+@pytest.mark.parametrize("own", [[], ["placement=balanced"], ["placement=balanced", "replicas=8"]], ids=str)
+def test_the_settings_give_what_was_planned_beside_those_of_the_user(tmp_path, own):
+    own = [f"parallel.{setting}" for setting in own]
+    found = planned(tmp_path, "b3", "--usage", "zipf:1.2", *(part for setting in own for part in ("--set", setting)))
+    for option in [found["as_it_stands"], *found["options"]]:
+        how = load_experiment("b3", [*own, *option["settings"]])
+        assert (how.parallel.ep_size, how.train.max_micro_batch) == (
+            ep_size(option),
+            option["deployment"]["layout"]["micro_batch"],
+        )
+        assert (how.parallel.placement, how.parallel.replicas) == (option["placement"], option["deployment"]["replicas"])
+        Layout.of(how, Launch(0, 8, 0, 8))
+
+
+def test_no_more_replicas_are_tried_than_ranks_can_hold():
+    model = ["model.some.num_experts=2", "model.some.top_k=1", "model.num_layers=1"]
+    experiment, cluster = load_experiment("quickstart", model), Cluster(H100, 1, 2, Sharding())
+    usage = Usage(np.array([[0.8, 0.2]]), is_measured=True)
+    options = all_options(experiment, cluster, usage)
+    families = {option.family for option in options}
+    assert families == {(1, "contiguous", 0), (2, "contiguous", 0), (2, "balanced", 0), (2, "balanced", 2)}
+    for option in options:
+        Layout.of(load_experiment("quickstart", [*model, *option.settings(experiment.parallel)]), Launch(0, 2, 0, 2))
 
 
 def test_what_the_experiment_fixes_stays(tmp_path):

@@ -3,8 +3,8 @@
     python tools/plan.py quickstart --calibrate this_machine.yaml
     torchrun --nproc-per-node 2 tools/plan.py a4 --set train.batch_size=4 --calibrate this_machine.yaml
 
-All ranks measure at once, as they compute at once in training. What a single rank cannot measure (links) stays what the
-preset or file named with --machine says.
+All ranks measure at once, as they compute at once in training. What a single rank cannot measure (links) stays what
+--bandwidth or the preset or file named with --machine says.
 """
 
 import dataclasses
@@ -28,6 +28,7 @@ from modeling import build_model
 from modeling.config import ModelConfig, SoMEConfig
 from modeling.some import SoMELayer, update_key_stores
 from tools.options import Cluster, Option, evaluate
+from tools.runs import check_writable
 from trainer.cluster import Machine
 from trainer.config import Experiment
 from trainer.cost import TOUCHES
@@ -76,8 +77,10 @@ def calibrate(experiment: Experiment, ds_config: str, base: Machine, path: Path)
     config = load_ds_config(ds_config, experiment, layout, launch.world_size)
     if experiment.model.channel_mixer != "some":
         raise ValueError(f"--calibrate: {experiment.name} has no SoME layers to measure; name an experiment that has")
-    if not path.parent.is_dir() or path.suffix not in (".yaml", ".yml"):
-        raise ValueError(f"--calibrate {path}: must be a .yaml file in a folder that exists")
+    if path.suffix not in (".yaml", ".yml"):
+        raise ValueError(f"--calibrate {path}: must be a .yaml file")
+    if launch.rank == 0:
+        check_writable(path, "--calibrate")
     launch.export()
     check_gpus(launch)
     device, sharding = choose_device(launch), Sharding.of(config)
