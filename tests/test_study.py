@@ -2,9 +2,11 @@
 
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 import yaml
@@ -108,6 +110,22 @@ def test_a_signal_stops_all_runs_at_once(tmp_path, monkeypatch):
         failures = tool.run_missing(Study("study", {"a": {}}, []), arguments)
     assert failures[-1].startswith("stopped; the same command goes on") and len(failures) == 3
     assert (tmp_path / "saved_0").exists() and (tmp_path / "saved_1").exists()
+
+
+def test_a_signal_keeps_a_run_from_starting(tmp_path, monkeypatch):
+    """It comes while a job looks at what is there."""
+    stopped = threading.Event()
+
+    def is_stale(*_) -> bool:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return stopped.wait(60)
+
+    monkeypatch.setattr(tool, "_is_stale", is_stale)
+    monkeypatch.setattr(tool, "stop_all", stopped.set)
+    monkeypatch.setattr(tool, "start", lambda *_: "started")
+    arguments = tool.parse_arguments(["--seeds", "1", "--output_dir", str(tmp_path)])
+    [stop] = tool.run_missing(Study("study", {"a": {}}, []), arguments)
+    assert stop.startswith("stopped; the same command goes on")
 
 
 @pytest.mark.parametrize(

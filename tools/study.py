@@ -13,6 +13,7 @@ import math
 import os
 import statistics
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,6 +138,8 @@ def run_missing(study: Study, arguments: argparse.Namespace) -> list[str]:
         if not _is_stale(folder, study, name, seed, arguments) and read_run(folder, seed).is_done(None):
             print(f"{name}, seed {seed}: was finished", flush=True)
             return
+        if is_stopping.is_set():
+            return
         folder.parent.mkdir(parents=True, exist_ok=True)
         with open(folder.with_name(f"{folder.name}.log"), "a", encoding="utf-8") as log:
             failure = start(command(study.experiment, settings, folder, arguments.ds_config), log, threads)
@@ -145,11 +148,13 @@ def run_missing(study: Study, arguments: argparse.Namespace) -> list[str]:
             failures.append(f"{name}, seed {seed}: {failure}")
 
     failures: list[str] = []
+    is_stopping = threading.Event()
     pool = ThreadPoolExecutor(arguments.jobs)
     with stop_on_signals():
         try:
             list(pool.map(one, chosen))
         except KeyboardInterrupt:
+            is_stopping.set()
             pool.shutdown(wait=False, cancel_futures=True)
             stop_all()
             failures.append("stopped; the same command goes on from the last checkpoints")
