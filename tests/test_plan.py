@@ -242,7 +242,12 @@ def _calibrate(rank: int, path: str) -> tuple[str, float, bool, str]:
     # Half of the pool is 64 MiB, less than what measuring the machine takes before.
     small = ["num_layers=2", "d_model=64", "num_heads=2", "vocab_size=300", "max_seq_len=64", "some.num_experts=512",
              "some.d_ffn=512"]  # fmt: skip
-    settings = ["train.batch_size=4", "train.max_micro_batch=1", *(f"model.{setting}" for setting in small)]
+    settings = [
+        "train.batch_size=4",
+        "train.max_micro_batch=1",
+        "control=permuted_experts",
+        *(f"model.{setting}" for setting in small),
+    ]
     arguments = ["quickstart", "--calibrate", path, *(part for setting in settings for part in ("--set", setting))]
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         assert plan.plan(plan.parse_arguments(arguments)) == 0

@@ -288,7 +288,8 @@ def tiny_model(model: ModelConfig, layers: int) -> ModelConfig:
 
 def step_seconds(experiment: Experiment, config: dict, sharding: Sharding, layer: float, device: torch.device) -> float:
     """What a step costs beyond its blocks when there is next to nothing to compute; `layer` seconds a block."""
-    small = replace(experiment, model=tiny_model(experiment.model, 2))
+    # A control is in the model already, and may not fit one expert.
+    small = replace(experiment, model=tiny_model(experiment.model, 2), control=None)
     sizes = {
         "train_batch_size": dist.get_world_size(),
         "train_micro_batch_size_per_gpu": 1,
