@@ -219,6 +219,7 @@ def start(words: list[str], output: TextIO | None = None, threads: int | None = 
         try:
             code = process.wait()
         except BaseException:
+            complaints.is_stopping = True
             _stop([process])
             raise
         finally:
@@ -230,9 +231,14 @@ def start(words: list[str], output: TextIO | None = None, threads: int | None = 
 
 
 class _Complaints:
-    """Passes on what a process prints on stderr, and keeps the line that says why it failed."""
+    """Passes on what a process prints on stderr, and keeps the line that says why it failed.
+
+    Attributes:
+        is_stopping: set it to pass on errors only: torch.distributed.run tells of a signal in a traceback.
+    """
 
     def __init__(self, output: TextIO):
+        self.is_stopping = False
         self._output = output
         self._refused = self._raised = self._last = ""
 
@@ -244,7 +250,8 @@ class _Complaints:
     def read(self, lines: TextIO) -> None:
         """To the end."""
         for line in lines:
-            print(line, end="", file=self._output, flush=True)
+            if not self.is_stopping or line.startswith("error: "):
+                print(line, end="", file=self._output, flush=True)
             self._last = line.strip() or self._last
             if line.startswith("error: "):
                 self._refused = line.strip().removeprefix("error: ")
