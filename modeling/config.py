@@ -153,7 +153,7 @@ class ModelConfig:
     """What follows attention in a block: `some`, `dense` (a trained FFN), `frozen_dense` (one frozen random FFN) or
     `none`."""
     d_ffn: int | None = None
-    """Hidden width of the `dense` or `frozen_dense` mixer."""
+    """Hidden width of the `dense` or `frozen_dense` mixer; null with the others (that of an expert is `some.d_ffn`)."""
     input_map: bool = False
     """Add a trained linear map of the channel mixer's input to that input."""
     readout: bool = False
@@ -183,6 +183,11 @@ class ModelConfig:
         require(
             not has_width or (self.d_ffn or 0) > 0,
             f"model.d_ffn = {self.d_ffn}, but model.channel_mixer = {self.channel_mixer} needs its hidden width; set one",
+        )
+        require(
+            has_width or self.d_ffn is None,
+            f"model.d_ffn = {self.d_ffn} has no effect with model.channel_mixer = {self.channel_mixer}; leave it out (the "
+            f"width of an expert is model.some.d_ffn)",
         )
         require(
             not self.input_map or self.channel_mixer != "none" or self.readout,

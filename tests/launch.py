@@ -3,9 +3,14 @@
 import json
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from tests.distributed import free_port, start_process
@@ -81,3 +86,26 @@ def losses(output_dir: Path) -> list[float]:
     train = records(output_dir, "train")
     assert [record["step"] for record in train] == list(range(1, len(train) + 1))
     return [record["loss"] for record in train]
+
+
+@contextmanager
+def interrupted(*moments: tuple[signal.Signals, Path]) -> Iterator[None]:
+    """Each signal comes to this process once its file is there."""
+
+    def interrupt() -> None:
+        for number, file in moments:
+            wait_for(file.exists)
+            os.kill(os.getpid(), number)
+
+    sender = threading.Thread(target=interrupt)
+    sender.start()
+    yield
+    sender.join()
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    """Until it holds, for a minute at most."""
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.01)

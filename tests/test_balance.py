@@ -28,7 +28,7 @@ def make_run(tmp_path, cache_dir):
         experiment = load_experiment("quickstart", [*SETTINGS, f"data.cache_dir={cache_dir}", *settings])
         core = CoreState({"w": torch.ones(1)}, {name: {"w": torch.ones(1)} for name in ("exp_avg", "exp_avg_sq")}, 1)
         state = RunState(7, 0, 9, "bf16", experiment.to_dict(), {}, "d", "t")
-        stores = [KeyStore(16, 16, 2, KeyRules()) for _ in usage_LE]
+        stores = [KeyStore(len(usage_E), 16, 2, KeyRules()) for usage_E in usage_LE]
         for store, usage_E in zip(stores, usage_LE, strict=True):
             store.usage.copy_(torch.tensor(usage_E))
         snapshot = Snapshot.of(state, core, stores)
@@ -103,6 +103,14 @@ def test_time_replays_the_routing_of_the_trained_model(tmp_path, cache_dir, monk
             [],
             ["--ranks", "3"],
             "ep_size = 3 does not divide model.some.num_experts = 16; sizes that do: 1, 2, 4, 8, 16",
+        ),
+        (USAGE_LE, [], ["--ranks", "2", "0"], "--ranks 0: must be at least 1"),
+        (USAGE_LE, [], ["--ranks", "-2"], "--ranks -2: must be at least 1"),
+        (
+            [[1.0] * 15] * 2,
+            ["model.some.num_experts=15"],
+            [],
+            "none of 2, 4 and 8 ranks divides model.some.num_experts = 15; name others with --ranks",
         ),
         (USAGE_LE, [], ["--replicas", "some"], "--replicas some: is neither a number nor auto; give one of them"),
         (USAGE_LE, [], ["--time", "--repeats", "0"], "--repeats 0: must be at least 1"),

@@ -159,6 +159,23 @@ def test_hugging_face_block_is_used_as_it_is_made(version, monkeypatch):
 # ---------------------------------------------------------------- the command line
 
 
+@pytest.fixture(autouse=True)
+def numerics(monkeypatch):
+    """What a benchmark sets stays inside."""
+    deterministic, precision = torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision()
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(False)
+    torch.set_float32_matmul_precision("medium")
+    yield
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    torch.set_float32_matmul_precision(precision)
+
+
+def computes_as_the_trainer() -> bool:
+    """Whether the numerics are those of an experiment."""
+    return torch.are_deterministic_algorithms_enabled() and torch.get_float32_matmul_precision() == "highest"
+
+
 def figures(capsys, *arguments: str) -> tuple[list[dict], list[str]]:
     """Rows and notes of one subcommand."""
     bench.main([*arguments, "--json", "-"])
@@ -174,7 +191,7 @@ def trainer_flags(settings: list[str]) -> list[str]:
 def test_layer(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)  # as if it were not installed
     rows, notes = figures(capsys, "layer", "--tokens", "16", "48", "--experts", "4", "8", *LAYER)
-    assert len(rows) == 4 * len({row["contender"] for row in rows})
+    assert len(rows) == 4 * len({row["contender"] for row in rows}) and computes_as_the_trainer()
     assert {(row["experts"], row["tokens"]) for row in rows} == {(4, 16), (4, 48), (8, 16), (8, 48)}
     names = " ".join(row["contender"] for row in rows)
     for part in ("kernel loop", "and key update", "query network and routing", "straightforward", "DeepSpeed"):
@@ -199,7 +216,7 @@ def test_both_kernels_where_both_exist(capsys):
 def test_update(capsys):
     rows, _ = figures(capsys, "update", "--tokens", "32", "--experts", "8", *LAYER)
     layer, *updates = rows
-    assert layer["of_layer"] == 1 and len(updates) == 3
+    assert layer["of_layer"] == 1 and len(updates) == 3 and computes_as_the_trainer()
     for row in updates:
         assert row["of_layer"] == pytest.approx(row["ms"] / layer["ms"])
 
@@ -207,6 +224,7 @@ def test_update(capsys):
 def test_exchange(capsys):
     """Whole and in three chunks: the same tokens travel, and more counts of copies."""
     rows, notes = figures(capsys, "exchange", "--tokens", "64", "--experts", "8", "--chunks", "1", "3", *LAYER)
+    assert computes_as_the_trainer()
     one, *over_ranks = rows
     metadata = []
     for chunks, (ranks, *parts) in zip((1, 3), (over_ranks[:5], over_ranks[5:]), strict=True):

@@ -65,6 +65,7 @@ OVERRIDES = {
     "train.epochs=1e308": ["train.epochs = 1e+308 must be at most 1,000,000"],
     "parallel.timeout_minutes=1e300": ["parallel.timeout_minutes = 1e+300 must be at most 525,600"],
     "model.d_model=1000000000000": ["model.d_model = 1000000000000", "GiB to draw", "lower it"],
+    "model.d_ffn=4096": ["model.d_ffn = 4096 has no effect", "leave it out (the width of an expert is model.some.d_ffn)"],
     "model.some.num_experts=1000000000000": ["model.some.num_experts = 1000000000000", "GiB a rank", "lower them"],
     "model.some.router_mult=1e15": ["need ", "GiB a rank for weights", "lower them"],
     "model.vocab_size=1000000000000": ["model.vocab_size = 1000000000000", "GiB a rank"],

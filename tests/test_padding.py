@@ -10,7 +10,7 @@ import torch
 
 from tests.launch import FP32, REPOSITORY, environment, succeed
 from tests.oracles import metrics as oracle
-from tools.padding import entropy_ceiling, gini_floor
+from tools.padding import entropy_ceiling, gini_floor, main, measure
 
 
 @pytest.mark.parametrize(("experts", "top_k", "real", "padding"), [(64, 4, 60, 165), (12, 3, 9, 7), (8, 1, 7, 0)])
@@ -56,3 +56,13 @@ def test_table_of_a_run(tmp_path):
     assert f"{math.exp(last['val_loss_with_padding']):,.2f}" in done.stdout
     missing = subprocess.run(command[:-1] + [str(tmp_path)], env=environment(), capture_output=True, text=True, check=False)
     assert missing.returncode == 2 and "holds no run" in missing.stderr
+    (tmp_path / "run" / "metrics.jsonl").write_text("\n".join([*lines, json.dumps({**last, "val_loss": None})]))
+    with pytest.raises(ValueError, match=r"the last loss is not finite \(step 1\); give a run that has not diverged"):
+        measure(tmp_path / "run")
+
+
+def test_figures_that_cannot_be_written_are_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["padding.py", str(tmp_path), "--json", str(tmp_path / "no" / "figures.json")])
+    with pytest.raises(SystemExit) as refused:
+        main()
+    assert refused.value.code == 2 and "figures.json: cannot be written (No such file" in capsys.readouterr().err

@@ -1,19 +1,28 @@
 """The planner's command line: what it recommends and why, what it refuses, and what it writes."""
 
+import contextlib
+import io
 import json
+import os
 import subprocess
 import sys
 from dataclasses import asdict, replace
 
+import numpy as np
 import pytest
+import torch
 import yaml
 
-from tests.launch import REPOSITORY, environment
-from tools import plan, scaling
-from tools.options import Cluster
+from tests.distributed import run_ranks
+from tests.launch import REPOSITORY, environment, wait_for
+from tools import calibrate, plan, scaling
+from tools.options import Cluster, all_options
+from tools.peak_memory import PeakMemory
 from trainer.cluster import read_machine
 from trainer.config import load_experiment
+from trainer.distributed import Launch, Layout
 from trainer.plan import GIB, Sharding
+from trainer.usage import Usage
 
 H100 = read_machine("h100x8", plan.MACHINES)
 
@@ -62,8 +71,14 @@ def ep_size(option: dict) -> int:
         (["b3", "--usage", "zipf:x"], "--usage zipf:x: write it as zipf:0.6"),
         (["b3", "--usage", "no/such/run"], "--usage no/such/run: no such run"),
         (["b3", "--plot", "picture.jpg"], "--plot picture.jpg: must end in .png or .svg"),
-        (["b3", "--plot", "no/such/picture.png"], "the folder no/such does not exist"),
+        (["b3", "--plot", "no/such/picture.png"], "--plot no/such/picture.png: cannot be written (No such file"),
+        (["b3", "--json", "no/such/plan.json"], "--json no/such/plan.json: cannot be written (No such file"),
         (["b3", "--calibrate", "machine.json"], "--calibrate machine.json: must be a .yaml file"),
+        (["b3", "--calibrate", "no/such/m.yaml"], "--calibrate no/such/m.yaml: cannot be written (No such file"),
+        (["b3", "--calibrate", "m.yaml", "--nodes", "2"], "--nodes 2: --calibrate measures the ranks that it runs on"),
+        (["b3", "--calibrate", "m.yaml", "--json", "p.json"], "--json p.json: --calibrate measures the ranks"),
+        (["b3", "--calibrate", "m.yaml", "--usage", "zipf:0"], "leave it out here and give it with --machine m.yaml"),
+        (["b3", "--calibrate", "m.yaml", "--bandwidth", "in_node=0"], "--bandwidth in_node=0: must be a number"),
         (["cmp-dense-tinystories", "--calibrate", "machine.yaml"], "has no SoME layers to measure"),
     ],
 )
@@ -142,10 +157,33 @@ def test_options_are_complete_ordered_and_can_be_run(tmp_path):
     for option in options:
         assert option["memory_bytes"] == sum(option["memory"].values())
         assert option["seconds"] == pytest.approx(sum(option["time"].values()))
-        own = [setting for setting in option["settings"] if not setting.startswith(("parallel.placement", "parallel.rep"))]
-        load_experiment("b3", own)
     skewed = {(ep_size(o), o["placement"], o["deployment"]["replicas"]): o["deployment"]["imbalance"] for o in options}
     assert skewed[16, "contiguous", 0] > skewed[16, "balanced", 0] > skewed[16, "balanced", 16] >= 1
+
+
+@pytest.mark.parametrize("own", [[], ["placement=balanced"], ["placement=balanced", "replicas=8"]], ids=str)
+def test_the_settings_give_what_was_planned_beside_those_of_the_user(tmp_path, own):
+    own = [f"parallel.{setting}" for setting in own]
+    found = planned(tmp_path, "b3", "--usage", "zipf:1.2", *(part for setting in own for part in ("--set", setting)))
+    for option in [found["as_it_stands"], *found["options"]]:
+        how = load_experiment("b3", [*own, *option["settings"]])
+        assert (how.parallel.ep_size, how.train.max_micro_batch) == (
+            ep_size(option),
+            option["deployment"]["layout"]["micro_batch"],
+        )
+        assert (how.parallel.placement, how.parallel.replicas) == (option["placement"], option["deployment"]["replicas"])
+        Layout.of(how, Launch(0, 8, 0, 8))
+
+
+def test_no_more_replicas_are_tried_than_ranks_can_hold():
+    model = ["model.some.num_experts=2", "model.some.top_k=1", "model.num_layers=1"]
+    experiment, cluster = load_experiment("quickstart", model), Cluster(H100, 1, 2, Sharding())
+    usage = Usage(np.array([[0.8, 0.2]]), is_measured=True)
+    options = all_options(experiment, cluster, usage)
+    families = {option.family for option in options}
+    assert families == {(1, "contiguous", 0), (2, "contiguous", 0), (2, "balanced", 0), (2, "balanced", 2)}
+    for option in options:
+        Layout.of(load_experiment("quickstart", [*model, *option.settings(experiment.parallel)]), Launch(0, 2, 0, 2))
 
 
 def test_what_the_experiment_fixes_stays(tmp_path):
@@ -195,15 +233,46 @@ def test_curves_reach_1024_ranks_and_65536_experts():
     assert not experts["EP 1"][-1][1].fits, "65,536 squared pairs of four layers are 64 GiB"
 
 
+def _calibrate(rank: int, path: str) -> tuple[str, float, bool, str]:
+    """What is printed, what the process grew by in GiB, and the numerics, of the ranks that `run_ranks` has joined."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    calibrate.init_process_group, calibrate.dist.destroy_process_group = lambda *_: None, lambda: None
+    grown, compare = [], calibrate.compare
+    calibrate.compare = lambda planned, measured: grown.append(measured.memory / GIB) or compare(planned, measured)
+    # Half of the pool is 64 MiB, less than what measuring the machine takes before.
+    small = ["num_layers=2", "d_model=64", "num_heads=2", "vocab_size=300", "max_seq_len=64", "some.num_experts=512",
+             "some.d_ffn=512"]  # fmt: skip
+    settings = [
+        "train.batch_size=4",
+        "train.max_micro_batch=1",
+        "control=permuted_experts",
+        *(f"model.{setting}" for setting in small),
+    ]
+    arguments = ["quickstart", "--calibrate", path, *(part for setting in settings for part in ("--set", setting))]
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert plan.plan(plan.parse_arguments(arguments)) == 0
+    numerics = torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision()
+    return printed.getvalue(), max(grown, default=0.0), *numerics
+
+
 def test_calibrate_measures_a_machine_that_can_be_planned_with(tmp_path):
     measured = tmp_path / "this.yaml"
-    small = ["model.num_layers=1", "model.d_model=32", "model.num_heads=2", "model.vocab_size=300", "train.batch_size=2",
-             "model.max_seq_len=64"]  # fmt: skip
-    settings = [part for setting in small for part in ("--set", setting)]
-    command = [sys.executable, "tools/plan.py", "quickstart", *settings, "--calibrate", str(measured)]
-    ended = subprocess.run(command, cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=240)
-    assert ended.returncode == 0, ended.stderr
-    assert "step: predicted" in ended.stdout and "memory: predicted" in ended.stdout
+    (printed, grown, *numerics), other = run_ranks(_calibrate, 2, str(measured), seconds=240)
+    assert "step: predicted" in printed and "memory: predicted" in printed and not other[0]
+    assert numerics == [True, "highest"], "as the trainer computes"
+    assert 1 / 16 < grown < 1
     machine = read_machine(str(measured), plan.MACHINES)
-    assert machine.device in ("cpu", "cuda") and machine.ranks_per_node == 1
+    assert machine.device in ("cpu", "cuda") and machine.ranks_per_node == 2 and machine.in_node_gb_s != H100.in_node_gb_s
     assert call("quickstart", "--machine", str(measured)) == 0
+
+
+def test_memory_at_the_peak_is_counted_from_where_it_stood():
+    def held(mebibytes: int) -> torch.Tensor:
+        return torch.ones(mebibytes * 2**18)
+
+    held(256)  # a higher peak, over before it counts
+    with PeakMemory(torch.device("cpu")) as memory:
+        block = held(64)
+        wait_for(lambda: memory.growth >= 2**26)
+        del block
+    assert 64 <= memory.growth / 2**20 < 80

@@ -3,21 +3,19 @@
 import dataclasses
 import json
 import math
-import os
 import shutil
 import signal
 import statistics
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
-from tests.launch import REPOSITORY, environment, losses, records
-from tools import reproduce
+from tests.launch import REPOSITORY, environment, interrupted, losses, records, wait_for
+from tools import reproduce, runs
 from tools.results import Row
 from tools.results_table import HEADS, cells
 from tools.runs import FAILED, read_run
@@ -138,20 +136,39 @@ def test_a_failure_is_told_and_the_next_run_starts(tmp_path, monkeypatch):
 def test_a_signal_ends_the_run_and_still_writes_the_table(tmp_path, monkeypatch, number):
     program = f"open({str(tmp_path / 'started')!r}, 'w').close(); import time; time.sleep(60)"
     monkeypatch.setattr(reproduce, "command", lambda *_: [sys.executable, "-c", program])
-    # Tests that a shell started in the background would ignore SIGINT, as the tool does then.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def interrupt() -> None:
-        while not (tmp_path / "started").exists():
-            time.sleep(0.02)
-        os.kill(os.getpid(), number)
-
-    threading.Thread(target=interrupt).start()
-    try:
+    with interrupted((number, tmp_path / "started")):
         assert call(SOME, "--seeds", "2", "--output_dir", str(tmp_path)) == reproduce.EXIT_STOPPED
-    finally:
-        signal.signal(signal.SIGINT, before)
     assert rows(tmp_path)[SOME]["verdict"] == "none: not run"
+
+
+SLOW = """
+import os, signal, subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+def stop(*_):
+    print("Traceback\\nerror: no room", file=sys.stderr, flush=True)
+    open({asked!r}, "w").close()
+signal.signal(signal.SIGTERM, stop)
+open({started!r}, "w").write(f"{{os.getpid()}} {{child.pid}}")
+while True: time.sleep(0.02)
+"""
+"""Notes that it is asked to stop and does not, like its child, which has a session of its own."""
+
+
+@pytest.mark.parametrize("limit", [3, 600])
+def test_what_does_not_stop_is_killed_in_time_or_at_the_second_signal(tmp_path, monkeypatch, capsys, limit):
+    started, asked = tmp_path / "started", tmp_path / "asked"
+    program = SLOW.format(started=str(started), asked=str(asked))
+    monkeypatch.setattr(reproduce, "command", lambda *_: [sys.executable, "-c", program])
+    monkeypatch.setattr(runs, "SECONDS_TO_STOP", limit)
+    second = [(signal.SIGINT, asked)] if limit == 600 else []
+    with interrupted((signal.SIGINT, started), *second):
+        assert call(SOME, "--output_dir", str(tmp_path)) == reproduce.EXIT_STOPPED
+    assert asked.exists() and rows(tmp_path)[SOME]["verdict"] == "none: not run"
+    said = capsys.readouterr().err
+    assert f"at most {limit} s; Ctrl-C kills" in said and "killed; the last checkpoint stays the newest" in said
+    assert "error: no room" in said and "Traceback" not in said
+    for pid in map(int, started.read_text().split()):
+        wait_for(lambda pid=pid: not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
 
 
 # Verdicts
@@ -276,7 +293,7 @@ def test_collect_finds_every_experiment_and_control_in_the_folder(tmp_path):
     write_run(tmp_path / SOME / "seed_0")
     write_run(tmp_path / f"{SOME}+dense" / "seed_1", control="dense", seed=1)
     (tmp_path / "mine" / "seed_0").mkdir(parents=True)
-    target = tmp_path / "elsewhere" / "table.json"
+    target = tmp_path / "mine" / "table.json"
     assert call("--collect", "--output_dir", str(tmp_path), "--json", str(target)) == 0
     found = json.loads(target.read_text())["rows"]
     assert [(row["experiment"], row["control"], row["seeds"]) for row in found] == [
@@ -304,13 +321,16 @@ def test_collect_finds_every_experiment_and_control_in_the_folder(tmp_path):
         ([SOME, "--ranks", "3"], "does not divide over 3 ranks"),
         ([SOME, DENSE, "--control", "random_keys"], f"{DENSE}+random_keys: control = 'random_keys'"),
         ([SOME, "--control", "random_keys", "--set", "model.some.rules.preset=fixed"], "changes nothing here"),
+        ([SOME, "--json", "table.md"], "--json table.md: the table goes beside it as .md, over it; name it .json"),
+        ([SOME, "--json", "no/such/table.json"], "--json no/such/table.json: cannot be written (No such file"),
+        ([SOME, "--output_dir", __file__], "cannot be used (Not a directory"),
         ([], "no experiment named"),
         (["--collect"], "holds no runs"),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_runs(arguments, named, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(reproduce, "command", lambda *_: pytest.fail("started"))
-    assert call(*arguments, "--output_dir", str(tmp_path)) == 2
+    assert call("--output_dir", str(tmp_path), *arguments) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: ") and named in said and said.count("\n") == 1
     assert not list(tmp_path.iterdir())

@@ -2,20 +2,24 @@
 
 import json
 import math
+import os
+import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 import yaml
 
-from tests.launch import environment
+from tests.launch import environment, interrupted
+from tools import study as tool
 from tools.study import REPOSITORY, Study, paired
 from trainer.config import load_experiment
 
 TINY = [
     "model.vocab_size=260", "model.d_model=16", "model.num_heads=2", "model.max_seq_len=32", "model.some.num_experts=4",
     "model.some.d_ffn=16", "model.some.top_k=2", "data.name=stories", "data.train_documents=40", "data.val_documents=8",
-    "train.batch_size=8", "train.steps=2", "train.warmup_steps=0",
+    "train.batch_size=8", "train.steps=2", "train.warmup_steps=0", "log.every=1000",
 ]  # fmt: skip
 
 
@@ -66,6 +70,7 @@ def test_a_study_runs_resumes_and_writes_its_tables(tmp_path):
         evals = [json.loads(line) for line in metrics.read_text().splitlines() if '"eval"' in line]
         losses[name] = results["variants"][name]["seeds"]["0"]["val_loss"]
         assert losses[name] == evals[-1]["val_loss"] and evals[-1]["step"] == 2
+        assert results["variants"][name]["seeds"]["0"]["trained_tokens"] is None, "no step was recorded"
     before = {path: path.read_bytes() for path in tmp_path.glob("*/seed_0/metrics.jsonl")}
     _run(command)
     assert before == {path: path.read_bytes() for path in tmp_path.glob("*/seed_0/metrics.jsonl")}
@@ -77,11 +82,83 @@ def _run(command: list[str]) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+PATIENT = """
+import pathlib, signal, sys, time
+folder, own, other = pathlib.Path({folder!r}), {own}, {other}
+def stop(*_):
+    (folder / f"asked_{{own}}").touch()
+    while not (folder / f"asked_{{other}}").exists(): time.sleep(0.02)
+    (folder / f"saved_{{own}}").touch()
+    sys.exit(75)
+signal.signal(signal.SIGTERM, stop)
+(folder / f"started_{{own}}").touch()
+while not (folder / f"started_{{other}}").exists(): time.sleep(0.02)
+(folder / "both").touch()
+while True: time.sleep(0.02)
+"""
+"""Ends well once it and its neighbour have been asked to stop."""
+
+
+def test_a_signal_stops_all_runs_at_once(tmp_path, monkeypatch):
+    def command(_, __, folder, ___):
+        own = int(folder.name.removeprefix("seed_"))
+        return [sys.executable, "-c", PATIENT.format(folder=str(tmp_path), own=own, other=1 - own)]
+
+    monkeypatch.setattr(tool, "command", command)
+    arguments = tool.parse_arguments(["--seeds", "2", "--jobs", "2", "--output_dir", str(tmp_path)])
+    with interrupted((signal.SIGTERM, tmp_path / "both")):
+        failures = tool.run_missing(Study("study", {"a": {}}, []), arguments)
+    assert failures[-1].startswith("stopped; the same command goes on") and len(failures) == 3
+    assert (tmp_path / "saved_0").exists() and (tmp_path / "saved_1").exists()
+
+
+def test_a_signal_keeps_a_run_from_starting(tmp_path, monkeypatch):
+    """It comes while a job looks at what is there."""
+    stopped = threading.Event()
+
+    def is_stale(*_) -> bool:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return stopped.wait(60)
+
+    monkeypatch.setattr(tool, "_is_stale", is_stale)
+    monkeypatch.setattr(tool, "stop_all", stopped.set)
+    monkeypatch.setattr(tool, "start", lambda *_: "started")
+    arguments = tool.parse_arguments(["--seeds", "1", "--output_dir", str(tmp_path)])
+    [stop] = tool.run_missing(Study("study", {"a": {}}, []), arguments)
+    assert stop.startswith("stopped; the same command goes on")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--jobs", "0"], "--jobs 0 must be at least 1"),
+        (["--only", "none"], "--only none: unknown; known: "),
+        (["--set", "train.step=3"], "train.step: unknown key"),
+        (["--ds_config", "none.json"], "--ds_config none.json: cannot be read (No such file"),
+        (["--ds_config", __file__], "test_study.py: is not JSON"),
+        (["--output_dir", __file__], "test_study.py: cannot be used"),
+        (["--output_dir", "occupied"], "--output_dir occupied/results.md: cannot be written (Is a directory)"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_runs(flags, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tool, "start", lambda *_: pytest.fail("started"))
+    monkeypatch.setattr(sys, "argv", ["study.py", *flags])
+    (tmp_path / "occupied" / "results.md").mkdir(parents=True)
+    with pytest.raises(SystemExit) as refused:
+        tool.main()
+    said = capsys.readouterr().err
+    assert refused.value.code == 2 and said.startswith("error: ") and message in said and said.count("\n") == 1
+    assert not (tmp_path / "runs").exists() and len(list((tmp_path / "occupied").iterdir())) == 1
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("experiment: study", "needs experiment, variants and groups"),
         ("{experiment: study, variants: {a: {}}, groups: [{title: t, question: q, baseline: b, variants: [a]}]}", "'b'"),
+        ("{experiment: study, variants: {a: none}, groups: []}", "variant 'a' = 'none'; write its overrides as keys"),
+        ("{experiment: study, variants: [a], groups: []}", "needs experiment, variants and groups"),
     ],
 )
 def test_a_bad_study_is_refused(tmp_path, text, message):

@@ -85,8 +85,8 @@ def measure(
         data_path: `data.path` of the text that they are timed on; None = the checkpoint's.
 
     Raises:
-        ValueError: no checkpoint, a model without experts, one that has not trained, ranks that do not divide the experts
-            (for timing: or the batch), more replicas than there is room for, data that is not the checkpoint's.
+        ValueError: no checkpoint, a model without experts, one that has not trained, ranks below 1 or that do not divide the
+            experts (for timing: or the batch), more replicas than there is room for, data that is not the checkpoint's.
         BenchmarkFailed: a rank ended early.
     """
     found = checkpoint_at(path)
@@ -99,9 +99,14 @@ def measure(
     if not all(any(load_E) for load_E in load_LE):
         raise ValueError(f"{folder}: no tokens were counted up to step {state.step}; give a checkpoint of a trained model")
     E, size = some.num_experts, expert_bytes(model, 2 if state.precision == "bf16" else 4)
+    ranks = ranks or [P for P in RANKS if E % P == 0]
+    if not ranks:
+        raise ValueError(f"none of 2, 4 and 8 ranks divides model.some.num_experts = {E}; name others with --ranks")
+    if min(ranks) < 1:
+        raise ValueError(f"--ranks {min(ranks)}: must be at least 1")
     data = find_data(experiment, data_path, state.data_fingerprint) if repeats else None
     rows = []
-    for P in ranks or [P for P in RANKS if E % P == 0]:
+    for P in ranks:
         contiguous = Placement.contiguous(E, P)
         room = E * (P - 1)
         if replicas != "auto" and not 0 <= replicas <= room:

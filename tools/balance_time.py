@@ -25,6 +25,7 @@ from trainer.checkpoint import read_state
 from trainer.config import Experiment
 from trainer.data import micro_batches, open_data
 from trainer.distributed import Launch, Layout
+from trainer.numerics import set_numerics
 from trainer.run import train_order
 
 
@@ -87,6 +88,7 @@ def time_ways(replay: Replay, ranks: int, repeats: int) -> dict[str, Timing]:
 
 def _serve(pipe: Connection, replay: Replay) -> None:
     """One rank: answers until it is ended."""
+    set_numerics(replay.experiment.train.deterministic)
     routing = _record(replay)
     while True:
         question, what = pipe.recv()

@@ -25,7 +25,7 @@ from tools.bench_exchange import bench_exchange
 from tools.bench_layer import DTYPES, bench_layer, bench_update
 from tools.bench_table import BenchmarkFailed, Table, machine
 from tools.bench_training import bench_memory, bench_startup, bench_step
-from tools.runs import EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED, stop_on_signals
+from tools.runs import EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED, check_writable, stop_on_signals
 from trainer.text import error_line
 
 DEFAULT = ("layer", "update")
@@ -136,7 +136,7 @@ def run(arguments: argparse.Namespace) -> None:
     for one in chosen:
         check(one)
     if arguments.json not in (None, "-"):
-        check_writable(Path(arguments.json))
+        check_writable(Path(arguments.json), "--json")
     tables, hardware = [], machine()
     for one in chosen:
         tables.append(BENCHMARKS[one.command].run(one))
@@ -160,14 +160,6 @@ def check(arguments: argparse.Namespace) -> None:
         for value in values if isinstance(values, list) else [values]:
             if value < 1:
                 raise ValueError(f"--{name} {value}: must be at least 1")
-
-
-def check_writable(path: Path) -> None:
-    """Refuse a file that cannot be written, before minutes are spent."""
-    try:
-        path.open("a", encoding="utf-8").close()
-    except OSError as error:
-        raise ValueError(f"--json {path}: cannot be written ({error.strerror}); choose another") from None
 
 
 if __name__ == "__main__":

@@ -21,6 +21,8 @@ from tools.bench_baselines import (
     pairwise_update,
 )
 from tools.bench_table import SPREAD, Table, choose_device, measure, spread
+from trainer.config import TrainConfig
+from trainer.numerics import set_numerics
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 DENSE, LAYER = "dense frozen FFN", "SoME layer, forward + backward"
@@ -93,7 +95,8 @@ def conditions_of(arguments: argparse.Namespace, what: str) -> dict:
 def some_layer(
     config: SoMEConfig, dtype: torch.dtype, device: torch.device, ep_group: dist.ProcessGroup | None = None
 ) -> SoMELayer:
-    """As the trainer has it: core and experts in one dtype, keys in fp32."""
+    """As the trainer has it: core and experts in one dtype, keys in fp32; from here on this process computes so, too."""
+    set_numerics(TrainConfig.deterministic)
     layer = SoMELayer(config, ep_group=ep_group, pool_dtype=dtype, device=device)
     layer.query.to(dtype)
     return layer

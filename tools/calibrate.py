@@ -3,15 +3,14 @@
     python tools/plan.py quickstart --calibrate this_machine.yaml
     torchrun --nproc-per-node 2 tools/plan.py a4 --set train.batch_size=4 --calibrate this_machine.yaml
 
-All ranks measure at once, as they compute at once in training. What a single rank cannot measure (links) stays what the
-preset or file named with --machine says.
+All ranks measure at once, as they compute at once in training. What a single rank cannot measure (links) stays what
+--bandwidth or the preset or file named with --machine says.
 """
 
 import dataclasses
 import json
 import os
 import platform
-import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -26,15 +25,27 @@ import yaml
 
 from modeling import build_model
 from modeling.config import ModelConfig, SoMEConfig
-from modeling.some import SoMELayer, update_key_stores
+from modeling.some import KeyStatistics, KeyStoreUpdate, SoMELayer
 from tools.options import Cluster, Option, evaluate
+from tools.peak_memory import PeakMemory
+from tools.runs import check_writable
 from trainer.cluster import Machine
 from trainer.config import Experiment
 from trainer.cost import TOUCHES
-from trainer.distributed import Launch, Layout, check_gpus, choose_device, expert_parallel_group, init_process_group
+from trainer.distributed import (
+    Launch,
+    Layout,
+    check_gpus,
+    choose_device,
+    expert_parallel_group,
+    init_process_group,
+    key_store_group,
+)
 from trainer.ds_config import load_ds_config
 from trainer.engine import Engine
+from trainer.memory import FreedMemory
 from trainer.metrics import accumulate_statistics
+from trainer.numerics import set_numerics
 from trainer.plan import GIB, Sharding, parts
 from trainer.usage import Usage
 
@@ -54,7 +65,7 @@ class Measured:
     seconds: list[float]
     """Of every step after the warm-up."""
     memory: int
-    """Bytes that the process grew by at its peak."""
+    """Bytes by which the process, or what it holds on its GPU, grew at its peak."""
     usage_LE: np.ndarray
     """Shares of choices that the steps made."""
 
@@ -76,16 +87,21 @@ def calibrate(experiment: Experiment, ds_config: str, base: Machine, path: Path)
     config = load_ds_config(ds_config, experiment, layout, launch.world_size)
     if experiment.model.channel_mixer != "some":
         raise ValueError(f"--calibrate: {experiment.name} has no SoME layers to measure; name an experiment that has")
-    if not path.parent.is_dir() or path.suffix not in (".yaml", ".yml"):
-        raise ValueError(f"--calibrate {path}: must be a .yaml file in a folder that exists")
+    if path.suffix not in (".yaml", ".yml"):
+        raise ValueError(f"--calibrate {path}: must be a .yaml file")
+    if launch.rank == 0:
+        check_writable(path, "--calibrate")
     launch.export()
     check_gpus(launch)
-    device, sharding = choose_device(launch), Sharding.of(config)
+    device, sharding, freed_memory = choose_device(launch), Sharding.of(config), FreedMemory()
+    set_numerics(experiment.train.deterministic)
     init_process_group(device, experiment.parallel.timeout_minutes)
     try:
         machine = measure_machine(experiment.model, base, launch, device)
         fixed = step_seconds(experiment, config, sharding, 1e-6 * machine.layer_us, device)
         machine = replace(machine, step_us=1e6 * fixed)
+        # What the C library kept of it would serve the steps and hide what they need.
+        freed_memory.release(slack_bytes=0)
         measured = measure_steps(experiment, layout, config, sharding, device)
         cluster = Cluster(machine, launch.world_size // launch.local_world_size, launch.local_world_size, sharding)
         planned = evaluate(experiment, cluster, Usage(measured.usage_LE, is_measured=True), layout, "contiguous", 0)
@@ -272,7 +288,8 @@ def tiny_model(model: ModelConfig, layers: int) -> ModelConfig:
 
 def step_seconds(experiment: Experiment, config: dict, sharding: Sharding, layer: float, device: torch.device) -> float:
     """What a step costs beyond its blocks when there is next to nothing to compute; `layer` seconds a block."""
-    small = replace(experiment, model=tiny_model(experiment.model, 2))
+    # A control is in the model already, and may not fit one expert.
+    small = replace(experiment, model=tiny_model(experiment.model, 2), control=None)
     sizes = {
         "train_batch_size": dist.get_world_size(),
         "train_micro_batch_size_per_gpu": 1,
@@ -286,51 +303,57 @@ def measure_steps(
     experiment: Experiment, layout: Layout, config: dict, sharding: Sharding, device: torch.device
 ) -> Measured:
     """A few optimizer steps on random full rows, as the training loop takes them."""
-    before = _peak_memory(device)
-    model = build_model(
-        experiment.model,
-        experiment.seed,
-        expert_parallel_group(layout.ep_size, experiment.parallel.timeout_minutes),
-        torch.bfloat16 if sharding.bf16 else torch.float32,
-        device,
-    )
-    engine = Engine(model, experiment.train, config)
-    stores = [layer.store for layer in model.some_layers]
-    S, E = experiment.model.max_seq_len, experiment.model.some.num_experts
-    generator = torch.Generator().manual_seed(dist.get_rank())
-    times, counts_LE = [], torch.zeros(len(stores), E, dtype=torch.int64, device=device)
-    for _ in range(WARM_UP + STEPS):
-        dist.barrier()
-        _wait(device)
-        began, sums = time.perf_counter(), [None] * len(stores)
-        for _ in range(layout.accumulation):
-            ids_BS = torch.randint(experiment.model.vocab_size, (layout.micro_batch, S), generator=generator).to(device)
-            everything_BS = torch.ones_like(ids_BS, dtype=torch.bool)
-            out = engine.forward(ids_BS, everything_BS, targets_BS=ids_BS)
-            loss = out.losses_T.sum() / (experiment.train.batch_size * S)
-            real_T, numbers_T = everything_BS.flatten(), torch.arange(ids_BS.numel(), device=device)
-            # Distinct over ranks is enough for a respawn.
-            sums = accumulate_statistics(sums, out.routing, stores, real_T, numbers_T + dist.get_rank() * len(numbers_T))
-            for layer, record in enumerate(out.routing):
-                counts_LE[layer] += torch.bincount(record.expert_ids_TK.flatten(), minlength=E)
-            del out, record
-            engine.backward(loss)
-            engine.end_micro_batch(experiment.train.learning_rate)
-        update_key_stores(stores, sums, dist.group.WORLD)
-        _wait(device)
-        times.append(time.perf_counter() - began)
-    slowest = torch.tensor([*times[WARM_UP:], _peak_memory(device) - before], dtype=torch.float64, device=device)
+    parallel, E = experiment.parallel, experiment.model.some.num_experts
+    ep_group = expert_parallel_group(layout.ep_size, parallel.timeout_minutes)
+    key_group = key_store_group(parallel.timeout_minutes)
+    pool_dtype = torch.bfloat16 if sharding.bf16 else torch.float32
+    times, generator, freed_memory = [], torch.Generator().manual_seed(dist.get_rank()), FreedMemory()
+    with PeakMemory(device) as memory:
+        model = build_model(experiment.model, experiment.seed, ep_group, pool_dtype, device, parallel.chunks)
+        engine = Engine(model, experiment.train, config)
+        counts_LE = torch.zeros(len(model.some_layers), E, dtype=torch.int64, device=device)
+        for _ in range(WARM_UP + STEPS):
+            dist.barrier()
+            _wait(device)
+            began = time.perf_counter()
+            sums = _step(engine, experiment, layout, key_group, generator)
+            freed_memory.release()
+            _wait(device)
+            times.append(time.perf_counter() - began)
+            counts_LE += torch.stack([layer_sums.counts_EK.sum(1) for layer_sums in sums])
+    slowest = torch.tensor([*times[WARM_UP:], memory.growth], dtype=torch.float64, device=device)
     dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
-    dist.all_reduce(counts_LE)
     usage_LE = counts_LE.double().cpu().numpy()
-    *seconds, memory = slowest.tolist()
-    return Measured(seconds, int(memory), usage_LE / usage_LE.sum(1, keepdims=True))
+    *seconds, growth = slowest.tolist()
+    return Measured(seconds, int(growth), usage_LE / usage_LE.sum(1, keepdims=True))
 
 
-def _peak_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def _step(
+    engine: Engine, experiment: Experiment, layout: Layout, key_group: dist.ProcessGroup, generator: torch.Generator
+) -> list[KeyStatistics]:
+    """What `Trainer._step` computes and sends, on random rows; the sums of all ranks for the key stores."""
+    stores = [layer.store for layer in engine.model.some_layers]
+    S, rate, sums = experiment.model.max_seq_len, experiment.train.learning_rate, [None] * len(stores)
+    total = torch.zeros((), device=engine.device)
+    for number in range(1, layout.accumulation + 1):
+        ids_BS = torch.randint(experiment.model.vocab_size, (layout.micro_batch, S), generator=generator).to(engine.device)
+        everything_BS = torch.ones_like(ids_BS, dtype=torch.bool)
+        out = engine.forward(ids_BS, everything_BS, targets_BS=ids_BS)
+        loss = out.losses_T.sum() / (experiment.train.batch_size * S)
+        real_T, numbers_T = everything_BS.flatten(), torch.arange(ids_BS.numel(), device=engine.device)
+        # Distinct over ranks is enough for a respawn.
+        sums = accumulate_statistics(sums, out.routing, stores, real_T, numbers_T + dist.get_rank() * len(numbers_T))
+        del out
+        total += loss.detach()
+        if number == layout.accumulation:
+            update = KeyStoreUpdate(stores, sums, key_group)
+        engine.backward(loss)
+        if number == layout.accumulation:
+            update.fold()
+        result = engine.end_micro_batch(rate)
+    update.finish(apply=result.applied)
+    dist.all_reduce(total)
+    return sums
 
 
 def compare(planned: Option, measured: Measured) -> str:

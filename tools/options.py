@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from trainer.cluster import Machine
-from trainer.config import Experiment
+from trainer.config import Experiment, ParallelConfig
 from trainer.cost import StepTime, step_time
 from trainer.distributed import Launch, Layout
 from trainer.plan import GIB, Deployment, Memory, Sharding, Traffic, memory, most_replicas, parts, traffic
@@ -61,14 +61,15 @@ class Option:
         """What it is without its micro batch."""
         return self.deployment.layout.ep_size, self.placement, self.deployment.replicas
 
-    def settings(self) -> list[str]:
-        """The --set that trainer/run.py needs for it."""
-        layout, extra = self.deployment.layout, []
-        if self.placement != "contiguous":
-            extra = [f"parallel.placement={self.placement}"]
-        if self.deployment.replicas:
-            extra.append(f"parallel.replicas={self.deployment.replicas}")
-        return [f"parallel.ep_size={layout.ep_size}", f"train.max_micro_batch={layout.micro_batch}", *extra]
+    def settings(self, asked: ParallelConfig) -> list[str]:
+        """The --set that trainer/run.py needs for it, beside those of an experiment that has `asked`."""
+        layout, replicas = self.deployment.layout, self.deployment.replicas
+        settings = [f"parallel.ep_size={layout.ep_size}", f"train.max_micro_batch={layout.micro_batch}"]
+        if self.placement != asked.placement:
+            settings.append(f"parallel.placement={self.placement}")
+        if replicas != asked.replicas:
+            settings.append(f"parallel.replicas={replicas}")
+        return settings
 
 
 def as_it_stands(experiment: Experiment, cluster: Cluster, usage: Usage) -> Option:
@@ -150,8 +151,11 @@ def _placements(ep_size: int, usage: Usage) -> Iterator[tuple[str, int]]:
     yield "contiguous", 0
     if ep_size == 1:
         return
-    least = float("inf")
+    least, experts = float("inf"), usage.shares_LE.shape[1]
     for extra in (0, *EXTRA_SLOTS):
+        # A rank holds an expert at most once.
+        if extra * ep_size > experts * (ep_size - 1):
+            return
         load = sum(usage.imbalances(ep_size, "balanced", extra * ep_size))
         if load < least:
             yield "balanced", extra * ep_size

@@ -16,7 +16,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
     sys.path[0] = str(REPOSITORY)
 
-from tools.runs import Run, read_run
+from tools.runs import EXIT_REFUSED, Run, check_writable, read_run
 from trainer.text import error_line
 
 
@@ -27,10 +27,12 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures as JSON")
     arguments = parser.parse_args()
     try:
+        if arguments.json is not None:
+            check_writable(arguments.json, "--json")
         figures = measure(arguments.run)
     except ValueError as error:
         print(error_line(error), file=sys.stderr)
-        sys.exit(2)
+        sys.exit(EXIT_REFUSED)
     print(table(figures))
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
@@ -40,13 +42,16 @@ def measure(folder: Path) -> dict:
     """Losses and routing with and without padding.
 
     Raises:
-        ValueError: no run, no evaluation, or one that counts no padding.
+        ValueError: no run, no evaluation, one that counts no padding, or a last loss that is not finite.
     """
     run = read_run(folder)
     if not run.evals:
         raise ValueError(f"{folder}: holds no run with an evaluation; give a run's output folder")
     if not run.experiment.data.count_padding or not run.evals[-1]["layers"]:
         raise ValueError(f"{folder}: data.count_padding = false, or no SoME layer; give a run that routes padding")
+    last = run.evals[-1]
+    if last["val_loss"] is None or last["val_loss_with_padding"] is None:
+        raise ValueError(f"{folder}: the last loss is not finite (step {last['step']}); give a run that has not diverged")
     return _measure(run)
 
 

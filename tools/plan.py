@@ -19,13 +19,12 @@ if __name__ == "__main__":
     sys.path[0] = str(REPOSITORY)
 
 from tools.options import Cluster, Option, all_options, as_it_stands, best_of_each, largest_difference, why
-from tools.runs import EXIT_FAILED, EXIT_REFUSED
+from tools.runs import EXIT_FAILED, EXIT_REFUSED, check_writable
 from trainer.cluster import Machine, read_machine
 from trainer.config import Experiment, load_experiment
 from trainer.distributed import Launch, Layout
 from trainer.ds_config import load_ds_config
 from trainer.plan import GIB, Sharding, parts
-from trainer.storage import write_text_atomically
 from trainer.text import error_line
 from trainer.usage import read_usage
 
@@ -82,7 +81,8 @@ def plan(arguments: argparse.Namespace) -> int:
     if arguments.calibrate:
         from tools.calibrate import calibrate
 
-        base = read_machine(arguments.machine, MACHINES)
+        check_calibrates_alone(arguments)
+        base = with_bandwidths(read_machine(arguments.machine, MACHINES), arguments.bandwidth)
         calibrate(experiment, arguments.ds_config, base, Path(arguments.calibrate))
         return 0
     if arguments.plot:
@@ -90,6 +90,8 @@ def plan(arguments: argparse.Namespace) -> int:
         from tools.scaling import check_plot, draw
 
         check_plot(arguments.plot)
+    if arguments.json:
+        check_writable(Path(arguments.json), "--json")
     cluster = read_cluster(arguments, experiment)
     model = experiment.model
     usage = read_usage(arguments.usage, model.num_layers, model.some.num_experts, model.some.top_k)
@@ -101,6 +103,22 @@ def plan(arguments: argparse.Namespace) -> int:
         draw(Path(arguments.plot), experiment, cluster, arguments.usage)
         print(f"picture: {arguments.plot}")
     return 0 if options[0].fits else EXIT_FAILED
+
+
+def check_calibrates_alone(arguments: argparse.Namespace) -> None:
+    """Refuse flags of a plan beside --calibrate, which makes none.
+
+    Raises:
+        ValueError: naming one of them.
+    """
+    defaults = parse_arguments([arguments.experiment])
+    for name in ("nodes", "ranks_per_node", "usage", "row_tokens", "json", "plot"):
+        value = getattr(arguments, name)
+        if value != getattr(defaults, name):
+            raise ValueError(
+                f"--{name} {value}: --calibrate measures the ranks that it runs on and plans nothing; leave it out here and "
+                f"give it with --machine {arguments.calibrate} afterwards"
+            )
 
 
 def read_cluster(arguments: argparse.Namespace, experiment: Experiment) -> Cluster:
@@ -156,7 +174,7 @@ def report(experiment: Experiment, cluster: Cluster, standing: Option, options: 
         f"best       {_words(best)}" if best.fits else "best       none",
         f"why        {why(options, machine)}",
         f"speed      {1e3 * best.time.total:,.1f} ms a step, {best.tokens_per_second:,.0f} tokens/s",
-        f"settings   {' '.join(f'--set {setting}' for setting in best.settings())}",
+        f"settings   {' '.join(f'--set {setting}' for setting in best.settings(experiment.parallel))}",
         "",
         *_columns(best),
         "",
@@ -217,17 +235,16 @@ def write_json(path: Path, experiment: Experiment, cluster: Cluster, standing: O
         "experiment": experiment.to_dict(),
         "cluster": asdict(cluster),
         "why": why(options, cluster.machine),
-        "as_it_stands": _figures(standing),
-        "options": [_figures(option) for option in options],
+        "as_it_stands": _figures(standing, experiment),
+        "options": [_figures(option, experiment) for option in options],
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text_atomically(path, json.dumps(values, indent=1) + "\n")
+    path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
 
-def _figures(option: Option) -> dict:
+def _figures(option: Option, experiment: Experiment) -> dict:
     return {
         **asdict(option),
-        "settings": option.settings(),
+        "settings": option.settings(experiment.parallel),
         "memory_bytes": option.memory.total,
         "sent_bytes": option.traffic.total,
         "seconds": option.time.total,

@@ -24,11 +24,22 @@ if __name__ == "__main__":
 
 from tools.results import SMALL, Row, changed_settings
 from tools.results_table import CONVENTIONS, RULE, brief, markdown
-from tools.runs import EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED, FAILED, command, read_run, start, stop_on_signals
+from tools.runs import (
+    EXIT_FAILED,
+    EXIT_REFUSED,
+    EXIT_STOPPED,
+    FAILED,
+    check_writable,
+    command,
+    read_run,
+    start,
+    stop_on_signals,
+)
 from trainer.config import Experiment, experiment_names, load_experiment
 from trainer.controls import CONTROLS
 from trainer.distributed import Launch, Layout
-from trainer.ds_config import is_bf16, load_ds_config
+from trainer.ds_config import load_ds_config, read_precision
+from trainer.runfolder import check_writable as check_folder
 from trainer.storage import write_text_atomically
 from trainer.text import error_line
 
@@ -104,6 +115,10 @@ def reproduce(arguments: argparse.Namespace) -> int:
     if not arguments.collect:
         chosen = entries if arguments.task is None else [pick(entries, arguments.task)]
         experiments = [check(entry, arguments) for entry in chosen]
+        # The tasks of an array write no results, and would test the same file at the same time.
+        if arguments.task is None:
+            Path(arguments.output_dir).mkdir(parents=True, exist_ok=True)
+            check_results(arguments)
         try:
             with stop_on_signals():
                 for number, (entry, experiment) in enumerate(zip(chosen, experiments, strict=True), 1):
@@ -124,6 +139,8 @@ def plan(arguments: argparse.Namespace) -> list[Entry]:
     for name, value in (("seeds", arguments.seeds), ("ranks", arguments.ranks), ("max_steps", arguments.max_steps)):
         if value is not None and value < 1:
             raise ValueError(f"--{name} {value}: must be at least 1")
+    if arguments.json is not None and Path(arguments.json).suffix == ".md":
+        raise ValueError(f"--json {arguments.json}: the table goes beside it as .md, over it; name it .json")
     if arguments.collect and arguments.task is not None:
         raise ValueError(f"--task {arguments.task} runs and --collect runs nothing; give one of them")
     if not arguments.ids and not arguments.collect:
@@ -206,6 +223,7 @@ def check(entry: Entry, arguments: argparse.Namespace) -> Experiment:
             raise ValueError(f"--control {entry.control} changes nothing here; leave it out")
         layout = Layout.of(experiment, Launch(0, arguments.ranks, 0, arguments.ranks))
         load_ds_config(arguments.ds_config, experiment, layout, arguments.ranks)
+        check_folder(Path(arguments.output_dir) / entry.folder)
     except ValueError as error:
         raise ValueError(f"{entry.name}: {error}") from None
     return experiment
@@ -215,7 +233,7 @@ def carry_out(entry: Entry, experiment: Experiment, arguments: argparse.Namespac
     """Start or continue one run, unless it is done; whether all is well."""
     folder = Path(arguments.output_dir) / entry.folder
     run, failed = read_run(folder, entry.seed), folder / FAILED
-    precision = "bf16" if is_bf16(json.loads(Path(arguments.ds_config).read_text(encoding="utf-8"))) else "fp32"
+    precision = read_precision(arguments.ds_config)
     is_ours = run.experiment is not None and not changed_settings(experiment, run.experiment)
     failed.unlink(missing_ok=True)
     # A run with other settings is left to the trainer, which refuses to mix them.
@@ -251,24 +269,36 @@ def collect(entries: list[Entry], output_dir: Path) -> list[Row]:
     ]
 
 
+def check_results(arguments: argparse.Namespace) -> None:
+    """Refuse results that could not be written."""
+    for path in results_paths(arguments):
+        check_writable(path, "--output_dir" if arguments.json is None else "--json")
+
+
+def results_paths(arguments: argparse.Namespace) -> tuple[Path, Path]:
+    """Where the results go, as JSON and as Markdown."""
+    path = Path(arguments.json or Path(arguments.output_dir) / "results.json")
+    return path, path.with_suffix(".md")
+
+
 def write_results(entries: list[Entry], arguments: argparse.Namespace) -> None:
     """The table as JSON and Markdown, and its gist on the terminal."""
     output_dir = Path(arguments.output_dir)
     rows = collect(entries, output_dir)
     if not rows:
         raise ValueError(f"--output_dir {output_dir}: holds no runs; name an experiment to run")
-    path = Path(arguments.json or output_dir / "results.json")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    check_results(arguments)
+    as_json, as_markdown = results_paths(arguments)
     values = {
         "date": datetime.now(UTC).isoformat("T", "seconds"),
         "rule": RULE,
         "conventions": CONVENTIONS,
         "rows": [row.to_dict() for row in rows],
     }
-    write_text_atomically(path, json.dumps(values, indent=1) + "\n")
-    write_text_atomically(path.with_suffix(".md"), markdown(rows))
+    write_text_atomically(as_json, json.dumps(values, indent=1) + "\n")
+    write_text_atomically(as_markdown, markdown(rows))
     print("\n".join(brief(row) for row in rows))
-    print(f"results: {path} and {path.with_suffix('.md')}", flush=True)
+    print(f"results: {as_json} and {as_markdown}", flush=True)
 
 
 if __name__ == "__main__":

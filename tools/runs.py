@@ -8,13 +8,16 @@ import signal
 import statistics
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TextIO
 
+import psutil
 import yaml
 
 from trainer.config import Experiment, experiment_from_dict
@@ -22,7 +25,8 @@ from trainer.config import Experiment, experiment_from_dict
 REPOSITORY = Path(__file__).resolve().parent.parent
 SCRIPT = REPOSITORY / "trainer" / "run.py"
 EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED = 1, 2, 130
-SECONDS_TO_STOP = 45  # torch.distributed.run gives its ranks 30
+SECONDS_TO_STOP = 600
+"""What a run has to end its step and save when it is asked to stop; a published step takes about a minute on CPUs."""
 MARKS = ("config.yaml", "metrics.jsonl")
 """By either of these a run's folder is known."""
 FAILED = "failed.txt"
@@ -192,54 +196,120 @@ _running: list[subprocess.Popen] = []
 
 
 def start(words: list[str], output: TextIO | None = None, threads: int | None = None) -> str | None:
-    """Run a command; why it failed, or None. Whatever ends us ends it.
+    """Run a command; why it failed, or None. Whatever ends us ends it, as `stop_all` does.
 
     Args:
         words: the command.
         output: where it prints; None = where we do.
         threads: CPU threads of a rank; None = the launcher's default.
     """
-    environment = dict(os.environ) if threads is None else {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    refused = raised = last = ""
+    # torch.distributed.run would kill its ranks 30 s after it is asked to stop.
+    environment = {**os.environ, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SECONDS_TO_STOP)}
+    if threads is not None:
+        environment["OMP_NUM_THREADS"] = str(threads)
+    complaints = _Complaints(output or sys.stderr)
     # A group of its own, so that Ctrl-C reaches us alone and the process ends without a traceback.
     with subprocess.Popen(
         words, stdout=output, stderr=subprocess.PIPE, text=True, errors="replace", process_group=0, env=environment
     ) as process:
         _running.append(process)
+        # A thread reads, so that nobody waits for a reader while the process is being stopped.
+        reader = threading.Thread(target=complaints.read, args=(process.stderr,))
+        reader.start()
         try:
-            for line in process.stderr:
-                print(line, end="", file=output or sys.stderr, flush=True)
-                last = line.strip() or last
-                if line.startswith("error: "):
-                    refused = line.strip().removeprefix("error: ")
-                # The end of a traceback; torchrun's own only says that a rank ended.
-                elif re.match(r"(\[rank\d+\]: )?[\w.]+(Error|Exception)\b", line) and "ChildFailedError" not in line:
-                    raised = line.strip()
             code = process.wait()
         except BaseException:
-            _stop(process)
+            complaints.is_stopping = True
+            _stop([process])
             raise
         finally:
             _running.remove(process)
+            reader.join()
     if code == 0:
         return None
-    return f"ended by {signal.Signals(-code).name}" if code < 0 else refused or raised or last or f"exit code {code}"
+    return f"ended by {signal.Signals(-code).name}" if code < 0 else complaints.reason or f"exit code {code}"
+
+
+class _Complaints:
+    """Passes on what a process prints on stderr, and keeps the line that says why it failed.
+
+    Attributes:
+        is_stopping: set it to pass on errors only: torch.distributed.run tells of a signal in a traceback.
+    """
+
+    def __init__(self, output: TextIO):
+        self.is_stopping = False
+        self._output = output
+        self._refused = self._raised = self._last = ""
+
+    @property
+    def reason(self) -> str:
+        """Why it failed, as far as it has said."""
+        return self._refused or self._raised or self._last
+
+    def read(self, lines: TextIO) -> None:
+        """To the end."""
+        for line in lines:
+            if not self.is_stopping or line.startswith("error: "):
+                print(line, end="", file=self._output, flush=True)
+            self._last = line.strip() or self._last
+            if line.startswith("error: "):
+                self._refused = line.strip().removeprefix("error: ")
+            # The end of a traceback; torchrun's own only says that a rank ended.
+            elif re.match(r"(\[rank\d+\]: )?[\w.]+(Error|Exception)\b", line) and "ChildFailedError" not in line:
+                self._raised = line.strip()
 
 
 def stop_all() -> None:
-    """End everything that `start` has running in other threads."""
-    for process in list(_running):
-        _stop(process)
+    """Ask everything that `start` has running in other threads to save and end, all at once, and wait until it has.
+
+    What takes longer than `SECONDS_TO_STOP` is killed, and so is everything at another Ctrl-C; then the last checkpoint
+    stays the newest.
+    """
+    _stop(list(_running))
 
 
-def _stop(process: subprocess.Popen) -> None:
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGTERM)
+def _stop(processes: list[subprocess.Popen]) -> None:
+    asked = [process for process in processes if process.poll() is None]
+    for process in asked:
+        with suppress(ProcessLookupError):  # it has just ended
+            os.killpg(process.pid, signal.SIGTERM)
+    if asked:
+        limit = f"at most {SECONDS_TO_STOP} s; Ctrl-C kills"
+        print(f"stopping: waiting for {len(asked)} run(s) to end a step and save, {limit}", file=sys.stderr, flush=True)
+    deadline = time.monotonic() + SECONDS_TO_STOP
     try:
-        process.wait(SECONDS_TO_STOP)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+        for process in asked:
+            process.wait(max(0.0, deadline - time.monotonic()))
+    except (subprocess.TimeoutExpired, KeyboardInterrupt):
+        for process in asked:
+            if process.poll() is None:
+                _kill(process)
+        print("killed; the last checkpoint stays the newest", file=sys.stderr, flush=True)
+
+
+def _kill(process: subprocess.Popen) -> None:
+    """With all that it has started: torch.distributed.run's ranks have sessions of their own."""
+    with suppress(psutil.NoSuchProcess):
+        family = psutil.Process(process.pid)
+        for one in [*family.children(recursive=True), family]:
+            with suppress(psutil.NoSuchProcess):
+                one.kill()
+
+
+def check_writable(path: Path, flag: str) -> None:
+    """Refuse a file that cannot be written, before the work that is to fill it; leaves nothing behind.
+
+    Raises:
+        ValueError: naming the flag and the file.
+    """
+    try:
+        is_new = not path.exists()
+        path.open("a", encoding="utf-8").close()
+        if is_new:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        raise ValueError(f"{flag} {path}: cannot be written ({error.strerror}); choose another") from None
 
 
 @contextmanager

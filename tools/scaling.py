@@ -5,6 +5,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from tools.options import Cluster, Option, divisors, evaluate
+from tools.runs import check_writable
 from trainer.config import Experiment
 from trainer.distributed import Layout
 from trainer.usage import Usage, read_usage
@@ -15,12 +16,11 @@ MOST_RANKS, MOST_EXPERTS = 1024, 65536
 
 def check_plot(path: str) -> None:
     """Raises:
-    ValueError: another format, no such folder, or matplotlib is missing.
+    ValueError: another format, a file that cannot be written, or matplotlib is missing.
     """
     if Path(path).suffix not in SUFFIXES:
         raise ValueError(f"--plot {path}: must end in {' or '.join(SUFFIXES)}")
-    if not Path(path).parent.is_dir():
-        raise ValueError(f"--plot {path}: the folder {Path(path).parent} does not exist; make it or name another")
+    check_writable(Path(path), "--plot")
     if find_spec("matplotlib") is None:
         raise ValueError(f"--plot {path}: needs matplotlib, which is not installed; pip install matplotlib")
 

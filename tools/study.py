@@ -13,6 +13,7 @@ import math
 import os
 import statistics
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +23,11 @@ if __name__ == "__main__":
     sys.path[0] = str(REPOSITORY)
 
 from tools.results import changed_settings
-from tools.runs import EXIT_FAILED, EXIT_REFUSED, Run, command, read_run, start, stop_all, stop_on_signals
+from tools.runs import EXIT_FAILED, EXIT_REFUSED, Run, check_writable, command, read_run, start, stop_all, stop_on_signals
 from trainer.config import load_experiment
-from trainer.ds_config import is_bf16
-from trainer.text import error_line, read_yaml
+from trainer.ds_config import read_precision
+from trainer.runfolder import check_writable as check_folder
+from trainer.text import error_line, read_yaml, shown
 
 # Two-sided 95 % quantiles of Student's t by degrees of freedom (any statistics textbook).
 T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
@@ -56,6 +58,11 @@ class Study:
                 f"--study {path}: needs experiment, variants and groups of title, question, baseline and variants "
                 f"({type(error).__name__}: {error}); see tools/study.yaml"
             ) from None
+        for name, changes in study.variants.items():
+            if not isinstance(changes, dict | None):
+                raise ValueError(
+                    f"--study {path}: variant {name!r} = {shown(changes)}; write its overrides as keys and values"
+                )
         for title, _, name in named:
             if name not in study.variants:
                 raise ValueError(f"--study {path}: group {title!r} names {name!r}; add it to variants")
@@ -100,12 +107,17 @@ def run(arguments: argparse.Namespace) -> int:
             raise ValueError(f"--only {name}: unknown; known: {', '.join(study.variants)}")
     for name in study.variants:
         load_experiment(study.experiment, [*study.settings(name), *arguments.set])
+    read_precision(arguments.ds_config)
+    check_folder(arguments.output_dir)
+    arguments.output_dir.mkdir(parents=True, exist_ok=True)
+    as_json, as_markdown = (arguments.output_dir / f"results.{suffix}" for suffix in ("json", "md"))
+    for path in (as_json, as_markdown):
+        check_writable(path, "--output_dir")
     failures = [] if arguments.collect else run_missing(study, arguments)
     results = collect(study, arguments)
-    arguments.output_dir.mkdir(parents=True, exist_ok=True)
-    (arguments.output_dir / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    as_json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     text = tables(study, results)
-    (arguments.output_dir / "results.md").write_text(text, encoding="utf-8")
+    as_markdown.write_text(text, encoding="utf-8")
     print(text)
     return EXIT_FAILED if failures else 0
 
@@ -126,6 +138,8 @@ def run_missing(study: Study, arguments: argparse.Namespace) -> list[str]:
         if not _is_stale(folder, study, name, seed, arguments) and read_run(folder, seed).is_done(None):
             print(f"{name}, seed {seed}: was finished", flush=True)
             return
+        if is_stopping.is_set():
+            return
         folder.parent.mkdir(parents=True, exist_ok=True)
         with open(folder.with_name(f"{folder.name}.log"), "a", encoding="utf-8") as log:
             failure = start(command(study.experiment, settings, folder, arguments.ds_config), log, threads)
@@ -134,15 +148,17 @@ def run_missing(study: Study, arguments: argparse.Namespace) -> list[str]:
             failures.append(f"{name}, seed {seed}: {failure}")
 
     failures: list[str] = []
+    is_stopping = threading.Event()
     pool = ThreadPoolExecutor(arguments.jobs)
-    try:
-        with stop_on_signals():
+    with stop_on_signals():
+        try:
             list(pool.map(one, chosen))
-    except KeyboardInterrupt:
-        pool.shutdown(wait=False, cancel_futures=True)
-        stop_all()
-        failures.append("stopped; the same command goes on from the last checkpoints")
-        print(failures[-1], flush=True)
+        except KeyboardInterrupt:
+            is_stopping.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            stop_all()
+            failures.append("stopped; the same command goes on from the last checkpoints")
+            print(failures[-1], flush=True)
     pool.shutdown()
     return failures
 
@@ -153,8 +169,8 @@ def _is_stale(folder: Path, study: Study, name: str, seed: int, arguments: argpa
     if found.experiment is None:
         return False
     asked = load_experiment(study.experiment, [*study.settings(name), *arguments.set, f"seed={seed}"])
-    precision = "bf16" if is_bf16(json.loads(Path(arguments.ds_config).read_text(encoding="utf-8"))) else "fp32"
-    return bool(changed_settings(asked, found.experiment)) or found.start.get("precision") not in (None, precision)
+    precisions = (None, read_precision(arguments.ds_config))
+    return bool(changed_settings(asked, found.experiment)) or found.start.get("precision") not in precisions
 
 
 def _folder(arguments: argparse.Namespace, variant: str, seed: int) -> Path:
@@ -184,7 +200,7 @@ def collect(study: Study, arguments: argparse.Namespace) -> dict:
 
 
 def _figures(run: Run) -> dict:
-    last, layers = run.evals[-1], run.evals[-1]["layers"]
+    last, layers, steps = run.evals[-1], run.evals[-1]["layers"], run.of("train")
 
     def mean(key: str) -> float | None:
         return statistics.fmean(layer[key] for layer in layers) if layers else None
@@ -194,7 +210,7 @@ def _figures(run: Run) -> dict:
         "val_tokens": last["val_tokens"],
         "bits_per_byte": last["bits_per_byte"],
         "step": last["step"],
-        "trained_tokens": run.of("train")[-1]["tokens"],
+        "trained_tokens": steps[-1]["tokens"] if steps else None,  # log.every may be more than the run's steps
         **{
             key: mean(key)
             for key in ("coselected_cosine", "effective_experts", "largest_gate", "output_over_residual", "gini", "respawns")

@@ -13,7 +13,7 @@ from modeling.key_rules import KeyRules
 
 def _attention_only(model: ModelConfig) -> ModelConfig:
     """No experts: attention blocks alone (with a readout, of gelu); an input map would feed nothing."""
-    return replace(model, channel_mixer="none", input_map=model.input_map and model.readout)
+    return replace(model, channel_mixer="none", d_ffn=None, input_map=model.input_map and model.readout)
 
 
 def _random_keys(model: ModelConfig) -> ModelConfig:

@@ -94,6 +94,16 @@ def is_bf16(config: dict[str, Any]) -> bool:
     return bool(config.get("bf16", {}).get("enabled", False))
 
 
+def read_precision(path: str) -> str:
+    """`bf16` or `fp32`, in which the JSON at `path` has core and experts.
+
+    Raises:
+        ValueError: missing file, not JSON, or a precision that is not written as it must be.
+    """
+    config = read_json(Path(path), f"--ds_config {path}")
+    return "bf16" if _is_enabled(config, "bf16", path) else "fp32"
+
+
 def _section(config: dict[str, Any], key: str, path: str) -> dict[str, Any]:
     section = config.get(key, {})
     if not isinstance(section, dict):

@@ -41,7 +41,8 @@ def _one_thread_each() -> Iterator[None]:
 class FrozenExpertPool(nn.Module):
     """The experts of one layer that this rank holds.
 
-    The weights are non-persistent buffers: they follow `.to(device)`, but no optimizer, broadcast or checkpoint sees them.
+    The weights are non-persistent buffers: no optimizer, broadcast or checkpoint sees them. They follow a move to another
+    device and a cast, except that matrices on a grid stay in its dtype; the kernel is then chosen anew.
 
     Args:
         config: sizes and init.
@@ -70,8 +71,7 @@ class FrozenExpertPool(nn.Module):
         for name, shape in shapes.items():
             kept = GRID_DTYPES.get(config.expert_grid, dtype) if name.startswith("w_") else dtype
             self.register_buffer(name, torch.zeros(shape, dtype=kept, device=device), persistent=False)
-        uses = {"amx": can_use_amx(self.weights), "grouped": can_use_grouped(self.weights), "loop": True}
-        self.kernel = next(name for name, usable in uses.items() if usable)
+        self.kernel = self._best_kernel()
         """Which of `KERNELS` computes."""
         workers = torch.get_num_threads()
         with _one_thread_each(), ThreadPoolExecutor(workers) as threads:
@@ -84,6 +84,19 @@ class FrozenExpertPool(nn.Module):
         self.w_up_eDF[slot].copy_(w_up_DF / self.scale_up)
         self.b_down_eF[slot].copy_(b_down_F)
         self.b_up_eD[slot].copy_(b_up_D)
+
+    def _best_kernel(self) -> str:
+        """The fastest of `KERNELS` for weights of this size, in this dtype and on this device."""
+        uses = {"amx": can_use_amx(self.weights), "grouped": can_use_grouped(self.weights), "loop": True}
+        return next(name for name, usable in uses.items() if usable)
+
+    def _apply(self, fn, recurse=True):
+        for name, buffer in list(self.named_buffers(recurse=False)):
+            # In another dtype than the grid's, nothing would tell that the values still want their scale.
+            on_grid = buffer.dtype in GRID_DTYPES.values()
+            setattr(self, name, buffer.to(fn(buffer[:0]).device) if on_grid else fn(buffer))
+        self.kernel = self._best_kernel()
+        return self
 
     def describe_kernel(self) -> str:
         """Which kernel computes; where it is the slow one on a CPU in bf16, why."""

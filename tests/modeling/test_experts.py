@@ -107,6 +107,25 @@ def test_pools_on_a_grid_move_as_others_do():
         assert moved.content_hash() == FrozenExpertPool(config, layer=1, seed=3, expert_ids=[2, 3, 0]).content_hash()
 
 
+@pytest.mark.parametrize("grid", ["none", "int8", "fp8"])
+def test_a_pool_that_is_cast_or_moved_is_as_if_built_so(grid):
+    config, generator = replace(WIDE, expert_grid=grid), torch.Generator().manual_seed(0)
+    fp32, bf16 = FrozenExpertPool(config), FrozenExpertPool(config, dtype=torch.bfloat16)
+    cast = FrozenExpertPool(config).to(torch.bfloat16)
+    assert cast.kernel == bf16.kernel and cast.content_hash() == bf16.content_hash()
+    slots_TK = make_slots(50, WIDE.num_experts, 2, 0.0, generator)
+    x_TD, gates_TK = torch.randn(50, WIDE.d_model, generator=generator), torch.rand(50, 2, generator=generator)
+    wide = bf16.float()
+    assert wide.kernel == "loop" and wide.weights.dtype == torch.float32
+    # Values on a grid are the same in both; others were rounded once.
+    tolerance = 1e-5 if grid != "none" else 1e-2
+    expected_TD = fp32(x_TD, gates_TK, slots_TK)
+    assert (wide(x_TD, gates_TK, slots_TK) - expected_TD).norm() <= tolerance * expected_TD.norm()
+    there = FrozenExpertPool(config, dtype=torch.bfloat16).to("meta")
+    assert there.kernel == "loop", "the kernels for CPUs and GPUs cannot read what lies elsewhere"
+    assert {buffer.device.type for buffer in there.buffers()} == {"meta"}
+
+
 def test_a_grid_is_for_uniform_weights():
     with pytest.raises(ValueError, match="expert_grid = int8 draws uniform values, and model.some.expert_init = sparse"):
         SoMEConfig(expert_grid="int8", expert_init="sparse")

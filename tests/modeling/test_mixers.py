@@ -238,6 +238,8 @@ def test_manifest_identifies_what_is_frozen():
         (dict(kind="conv"), "model.channel_mixer = 'conv' is not one of: some, dense, frozen_dense, none"),
         (dict(kind="dense", d_ffn=None), "model.d_ffn = None, but model.channel_mixer = dense needs its hidden width"),
         (dict(kind="frozen_dense", d_ffn=0), "model.d_ffn = 0, but model.channel_mixer = frozen_dense needs"),
+        (dict(kind="some", d_ffn=20), "model.d_ffn = 20 has no effect with model.channel_mixer = some; leave it out"),
+        (dict(kind="none", d_ffn=-3), "model.d_ffn = -3 has no effect with model.channel_mixer = none"),
         (dict(some=dict(routing="random")), "model.some.routing = 'random' is not one of: learned, hash, shared"),
         (dict(some=dict(routing="hash")), "model.some.routing = hash has no queries to move keys by; set .*preset = fixed"),
         (dict(some=dict(router_init="zero")), "model.some.router_init = 'zero'"),

@@ -7,7 +7,6 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from tests.distributed import free_port, run_ranks, start_process
-from tests.launch import FP32, losses, records
+from tests.launch import FP32, losses, records, wait_for
 from tests.training import make_trainer
 from trainer import run, stopping
 from trainer.checkpoint import read_state
@@ -33,13 +32,6 @@ TINY = [
     "log.tensorboard=false", "sample.tokens=5", "train.eval_every=3", "checkpoint.every=4",
 ]  # fmt: skip
 BALANCED = ["parallel.placement=balanced", "parallel.replan_every=3"]
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.01)
 
 
 def _run(folder: str, name: str, kill: tuple[signal.Signals, int, str, int] | None = None) -> tuple[bool, str | None]:
