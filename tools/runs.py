@@ -21,6 +21,7 @@ import psutil
 import yaml
 
 from trainer.config import Experiment, experiment_from_dict
+from trainer.exit_codes import REQUEUE
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SCRIPT = REPOSITORY / "trainer" / "run.py"
@@ -227,6 +228,8 @@ def start(words: list[str], output: TextIO | None = None, threads: int | None = 
             reader.join()
     if code == 0:
         return None
+    if code == REQUEUE:
+        return "stopped by a signal after saving; the same command goes on"
     return f"ended by {signal.Signals(-code).name}" if code < 0 else complaints.reason or f"exit code {code}"
 
 
