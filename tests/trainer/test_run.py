@@ -14,7 +14,7 @@ from tests.launch import FP32, REPOSITORY, SCRIPT, environment, launch, losses, 
 from trainer import run
 from trainer.checkpoint import read_state
 from trainer.config import experiment_names, load_experiment
-from trainer.exit_codes import FAILED, REFUSED
+from trainer.exit_codes import FAILED, NOT_FINITE, REFUSED
 from trainer.lock import FolderLock
 
 SMALL = [
@@ -207,13 +207,24 @@ def test_a_run_that_died_before_its_first_checkpoint_starts_over_in_place(finish
         assert sorted(path.name for path in tmp_path.iterdir()) == folders
 
 
-def test_a_full_disk_ends_two_ranks_with_one_line(finished, tmp_path):
+def test_a_full_disk_and_numbers_that_are_not_finite_end_two_ranks_with_one_line(finished, monkeypatch, tmp_path):
+    """Only the second is said to be of no use to start again, in the code and in the file that slurm/body.sh reads."""
+    verdict = tmp_path / "verdict"
+    monkeypatch.setenv("SOME_VERDICT_FILE", str(verdict))
     faults = ["--set", "faults.write=step=4 stage=optimizer.safetensors"]
     result = launch(*finished[1], *faults, "--output_dir", str(tmp_path / "run"), ranks=2)
     assert result.returncode == FAILED and "Traceback" not in result.stderr
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert "step_00000004 cannot be written (No space left on device)" in line and "step_00000002 is the newest" in line
-    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["latest", "step_00000002"]
+    left = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert left == ["latest", "step_00000002"] and not verdict.exists()
+
+    faults = ["--set", "faults.nan=rank=1 step=3", "--set", "train.max_skipped=0"]
+    result = launch(*finished[1], *faults, "--output_dir", str(tmp_path / "run"), ranks=2)
+    assert result.returncode == NOT_FINITE and "Traceback" not in result.stderr
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert line.startswith("error: step 3: the loss or the gradients of 1 steps in a row are not finite")
+    assert verdict.read_text() == str(NOT_FINITE)
 
 
 def test_resume_never_moves_the_old_run_aside(finished, tmp_path):
