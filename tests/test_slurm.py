@@ -296,6 +296,7 @@ def test_a_grid_is_listed_with_the_command_that_submits_it(capsys):
         (["a4", "--grid", "seed=0", "--set", "seed=1"], "seed is given twice"),
         (["a4", "--grid", "sede=0,1"], "sede: unknown key; did you mean seed?"),
         (["a5", "--grid", "seed=0,1"], "--experiment a5: unknown"),
+        (["a\x1b5", "--grid", "seed=0,1"], "--experiment a\\x1b5: unknown"),
         (["a4", "--grid", "seed=0,1", "--task"], "not a task of a job array; submit with sbatch --array=0-1"),
     ],
 )
