@@ -156,17 +156,23 @@ while kill -0 "$srun" 2>/dev/null; do
 	wait "$srun" || code=$?
 done
 
+# The id of an array's last task is also that of the whole array.
+job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+job=${job:-$SLURM_JOB_ID}
+
 # Cancelled, at its time limit, or being started again: all of that is SLURM's, and asking for a restart would undo a scancel.
-[[ -z $is_ended ]] || exit "$code"
+# Only where it is being started again SLURM counts one restart more by now.
+if [[ -n $is_ended ]]; then
+	[[ $(scontrol show job "$job") != *" Restarts=${SLURM_RESTART_COUNT:-0} "* ]] || finish "$code"
+	exit "$code"
+fi
 [[ ! -e $SOME_VERDICT_FILE ]] || code=$(<"$SOME_VERDICT_FILE")
 case $code in 0 | 2 | 3) finish "$code" ;; esac
 
 after=$(newest_checkpoint)
 [[ ${after%:*} != "${before%:*}" ]] || ((attempt <= max_restarts)) || give_up_without_progress
 echo "job $SLURM_JOB_ID: ended with exit code $code at checkpoint ${after%:*}; it starts again"
-# The id of an array's last task is also that of the whole array.
-job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 # SLURM now ends this shell too, which must not keep it from asking.
 trap '' TERM
-scontrol requeue "${job:-$SLURM_JOB_ID}" || finish "$code"
+scontrol requeue "$job" || finish "$code"
 exit "$code"
