@@ -111,7 +111,7 @@ def test_a_start_that_fails_by_itself_is_a_problem_and_no_fault(killed, monkeypa
     cards = [Card("SIGKILL at a step", rank=1), Card("SIGKILL at a step", rank=0)]
     assert chaos.run(7, cards) == cards and not chaos.rows
     (problem,) = chaos.problems
-    assert "run 7 was to end by SIGKILL at a step, rank 1 (--set faults.kill=rank=1 step=" in problem
+    assert "run 7 was to meet SIGKILL at a step, rank 1 faults.kill=rank=1 step=" in problem
     assert "exit codes [1, None]" in problem
 
 

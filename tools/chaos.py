@@ -6,8 +6,8 @@ Faults are drawn from the seed: SIGKILL of any rank at the beginning of a step, 
 save, and at any moment; SIGTERM at any moment; a rank that stops answering, until the watchdog ends the others; a slow rank;
 a loss that is not a number; a disk that is full amid a file. When one rank has ended the others are killed, as a launcher
 does, and the same command is given again. That the ranks ended by the fault and nothing else is told from their exit codes
-and what they print. A run that has had its share of faults is let to its end, where losses,
-evaluations and the last checkpoint must be bitwise those of the unbroken run, and nothing else may lie in its folder.
+and what they print. A run that has had its share of faults is let to its end, where losses, evaluations and the last
+checkpoint must be bitwise those of the unbroken run, and nothing else may lie in its folder.
 """
 
 import argparse
@@ -116,7 +116,7 @@ class Chaos:
                 waiting.append(card)
                 self.rows.setdefault(str(card), Row()).tried += 1
             elif not is_done or (fault is not None and fault.sends is None):
-                what = "did not go on" if card is None else f"was to end by {card} (--set {' '.join(fault.settings)})"
+                what = "did not go on" if card is None else f"was to meet {' '.join([str(card), *fault.settings])}"
                 self.problems.append(f"run {number} {what}: exit codes {codes}; see {_log(output_dir)}")
                 return missed
         for card in waiting:
@@ -247,7 +247,7 @@ def main() -> int:
     draw, number, cards = random.Random(arguments.seed), 0, []
     try:
         chaos = Chaos(command, arguments.ranks, folder, draw)
-    except RuntimeError as error:
+    except (RuntimeError, TimeoutError) as error:
         print(error_line(error), file=sys.stderr)
         return EXIT_FAILED
     while sum(row.tried for row in chaos.rows.values()) < arguments.kills and not chaos.problems:
