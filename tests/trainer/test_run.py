@@ -2,19 +2,26 @@
 
 import hashlib
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
+from tests.cluster.jobs import last_step
+from tests.cluster.processes import wait_until
+from tests.distributed import free_port
 from tests.launch import FP32, REPOSITORY, SCRIPT, environment, launch, losses, records, succeed
 from trainer import run
 from trainer.checkpoint import read_state
 from trainer.config import experiment_names, load_experiment
-from trainer.exit_codes import FAILED, NOT_FINITE, REFUSED
+from trainer.exit_codes import FAILED, NOT_FINITE, REFUSED, REQUEUE
 from trainer.lock import FolderLock
 
 SMALL = [
@@ -264,25 +271,42 @@ def test_every_ds_config_trains(name, tmp_path, cache_dir):
 
 
 @pytest.mark.parametrize(
-    "launcher",
+    ("launcher", "signalled", "code"),
     [
-        ["deepspeed", "--quiet", "--num_gpus", "2", "--master_port", "{port}"],
-        ["torchrun", "--nproc-per-node", "2", "--master-port", "{port}"],
+        (["deepspeed", "--quiet", "--num_gpus", "2", "--master_port", "{port}"], "--local_rank=1", REQUEUE),
+        (["torchrun", "--nproc-per-node", "2", "--master-port", "{port}"], "torchrun", FAILED),
     ],
-    ids=lambda launcher: launcher[0],
+    ids=["deepspeed", "torchrun"],
 )
-def test_launchers(launcher, finished, tmp_path, cache_dir):
-    from tests.distributed import free_port
-
+def test_launchers(launcher, signalled, code, finished, tmp_path):
+    """A run that a signal stops, to one rank or to the launcher, and that the same command ends."""
+    output_dir = tmp_path / "run"
     command = [part.replace("{port}", str(free_port())) for part in launcher]
     command[0] = str(Path(sys.executable).with_name(command[0]))
-    arguments = finished[1] + ["--output_dir", str(tmp_path / "run"), "--max_steps", "2"]
-    result = subprocess.run(
-        [*command, SCRIPT, *arguments], env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=240
-    )
+    command += [SCRIPT, *finished[1], "--output_dir", str(output_dir)]
+    # Long enough that the signal comes before the end.
+    process = subprocess.Popen(
+        [*command, "--set", "faults.slow=step=3 seconds=2"], env=environment(), cwd=tmp_path, process_group=0,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    try:
+        wait_until(lambda: last_step(output_dir) >= 2 or process.poll() is not None, 240, "step 2")
+        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+        next(each for each in family if signalled in " ".join(each.cmdline())).terminate()
+        printed = process.communicate(timeout=240)[0]
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == code, printed
+    (end,) = records(output_dir, "end")
+    assert end["stopped_by"].startswith("SIGTERM on rank") and not end["finished"]
+    assert end["step"] in (2, 3)
+    assert (output_dir / "checkpoints" / "latest").read_text().strip() == f"step_{end['step']:08d}"
+
+    result = subprocess.run(command, env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert records(tmp_path / "run", "start")[0]["world_size"] == 2
-    assert losses(tmp_path / "run") == pytest.approx(losses(finished[0])[:2], rel=2e-6)
+    assert [start["world_size"] for start in records(output_dir, "start")] == [2, 2]
+    assert losses(output_dir) == pytest.approx(losses(finished[0]), rel=1e-5)
     shown = [line for line in (result.stdout + result.stderr).splitlines() if "DeepSpeed" in line or "Warning" in line]
     assert not shown, "DeepSpeed's own messages are shown only on request"
 
