@@ -1,4 +1,7 @@
-"""Installs the packages `modeling`, `trainer` and `tools`, and a `some-*` command for each program."""
+"""Installs the packages `modeling`, `trainer` and `tools`, and a `some-*` command for each program.
+
+From a clone and editable (`make setup`, or `pip install -e .`): the programs read ds_configs/ and slurm/ beside them.
+"""
 
 from setuptools import find_packages, setup
 
@@ -46,6 +49,9 @@ setup(
             "some-plan = tools.plan:main",
             "some-watch = tools.watch:main",
             "some-inspect = tools.inspect_experts:main",
+            "some-balance = tools.balance:main",
+            "some-chaos = tools.chaos:main",
+            "some-grid = tools.grid:main",
             "some-report = tools.report:main",
         ]
     },

@@ -21,8 +21,9 @@
 #
 # The job starts itself again, under the same id, and goes on from its last checkpoint: after the ranks saved and stopped for
 # a signal, such as the notice before the time limit (exit code 75), and after a failure (any other). It ends for good when
-# the run is done (0), when the trainer refused its input (2), when it was cancelled, and when SOME_MAX_RESTARTS restarts in
-# a row brought no new checkpoint (1). SLURM itself starts it again after preemption and when a node fails.
+# the run is done (0), when the trainer refused its input (2) or stopped for numbers that are not finite, which a restart
+# would repeat (3), when it was cancelled, and when SOME_MAX_RESTARTS restarts in a row brought no new checkpoint (1). SLURM
+# itself starts it again after preemption and when a node fails.
 set -euo pipefail
 
 refuse() {
@@ -45,6 +46,10 @@ for ((i = 1; i <= $#; i++)); do
 done
 
 [[ -n ${SLURM_JOB_ID:-} ]] || refuse "not inside a SLURM job; submit the script with sbatch"
+
+max_restarts=${SOME_MAX_RESTARTS:-3}
+[[ $max_restarts =~ ^[0-9]{1,9}$ ]] || refuse "SOME_MAX_RESTARTS=$max_restarts is no number; give one from 0"
+max_restarts=$((10#$max_restarts)) # 08 is no octal
 
 # --exclusive gives the job every GPU of its nodes, and a step only those that are asked for: ask for what sbatch was told,
 # or for all. No binding of GPUs to tasks: a rank takes the GPU that its local rank names among the job's on the node.
@@ -102,7 +107,6 @@ newest_checkpoint() {
 # What the job's attempts must know of each other: the newest checkpoint when the first began, when the last began, and how
 # many in a row began at that step. Hidden files in the working folder; they go when the job ends.
 notes=.slurm-${SLURM_JOB_NAME//\//_}-$SLURM_JOB_ID
-max_restarts=${SOME_MAX_RESTARTS:-3}
 ((${SLURM_RESTART_COUNT:-0} > 0)) || rm -f "$notes".*
 first=$(newest_checkpoint) before=$first attempt=1
 if [[ -r $notes.attempts ]]; then
@@ -115,9 +119,10 @@ echo "$first $before $attempt" >"$notes.attempts" || refuse "the job's working f
 resume=()
 [[ $before == "$first" ]] || resume=(--resume auto)
 
-# srun's exit code is the highest of its tasks', those that it killed included, so a refusal is told in this file as well.
-export SOME_REFUSED_FILE=$PWD/$notes.refused
-rm -f "$SOME_REFUSED_FILE"
+# srun's exit code is the highest of its tasks', those that it killed included, so one that ends the job for good is told in
+# this file as well.
+export SOME_VERDICT_FILE=$PWD/$notes.verdict
+rm -f "$SOME_VERDICT_FILE"
 
 finish() {
 	rm -f "$notes".*
@@ -151,17 +156,23 @@ while kill -0 "$srun" 2>/dev/null; do
 	wait "$srun" || code=$?
 done
 
+# The id of an array's last task is also that of the whole array.
+job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+job=${job:-$SLURM_JOB_ID}
+
 # Cancelled, at its time limit, or being started again: all of that is SLURM's, and asking for a restart would undo a scancel.
-[[ -z $is_ended ]] || exit "$code"
-((code != 0)) || finish 0
-[[ $code -ne 2 && ! -e $SOME_REFUSED_FILE ]] || finish 2
+# Only where it is being started again SLURM counts one restart more by now.
+if [[ -n $is_ended ]]; then
+	[[ $(scontrol show job "$job") != *" Restarts=${SLURM_RESTART_COUNT:-0} "* ]] || finish "$code"
+	exit "$code"
+fi
+[[ ! -e $SOME_VERDICT_FILE ]] || code=$(<"$SOME_VERDICT_FILE")
+case $code in 0 | 2 | 3) finish "$code" ;; esac
 
 after=$(newest_checkpoint)
 [[ ${after%:*} != "${before%:*}" ]] || ((attempt <= max_restarts)) || give_up_without_progress
 echo "job $SLURM_JOB_ID: ended with exit code $code at checkpoint ${after%:*}; it starts again"
-# The id of an array's last task is also that of the whole array.
-job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 # SLURM now ends this shell too, which must not keep it from asking.
 trap '' TERM
-scontrol requeue "${job:-$SLURM_JOB_ID}" || finish "$code"
+scontrol requeue "$job" || finish "$code"
 exit "$code"

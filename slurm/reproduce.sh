@@ -8,10 +8,10 @@
 # Arguments after the script go to tools/reproduce.py. A task is one process on one node; --gpus-per-node=4 with --ranks 4
 # makes it four. No GPU is asked for here, so that the script also runs on CPU nodes. Without --array one job does all runs,
 # one after the other. The runs go to runs/reproduce, which all nodes must share; a task that SLURM requeues goes on from its
-# last checkpoint.
+# last checkpoint. At its time limit a job ends for good: submit it again, and what is finished stays.
 #
 # Environment: SOME_HOME (the repository, if you submit from elsewhere), SOME_PYTHON (default: .venv of the repository, else
-# python3).
+# python3), SOME_CACHE_DIR (tokenised data; default: .cache/some in the job's working folder).
 #SBATCH --job-name=some-reproduce
 #SBATCH --nodes=1
 #SBATCH --ntasks=1
@@ -32,6 +32,8 @@ source "$home/slurm/python.sh"
 
 # The ranks of a submitting shell would pass for this job's. The tool starts its own on this node, without srun.
 unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE LOCAL_SIZE
+
+export SOME_CACHE_DIR=${SOME_CACHE_DIR:-$PWD/.cache/some}
 
 task=()
 [[ -z ${SLURM_ARRAY_TASK_ID:-} ]] || task=(--task "$SLURM_ARRAY_TASK_ID")

@@ -47,6 +47,14 @@ def test_other_commands_name_what_exists(command):
         assert words[0] in ("git", "cd", "tensorboard", "source"), f"{command}: no test knows how to check it"
 
 
+def test_every_program_has_a_command():
+    setup = (REPOSITORY / "setup.py").read_text(encoding="utf-8")
+    programs = [path.stem for path in (REPOSITORY / "tools").glob("*.py") if '__name__ == "__main__"' in path.read_text()]
+    assert len(programs) > 10
+    for program in programs:
+        assert program == "bench_probe" or f"= tools.{program}:main" in setup, "only bench.py starts the probe"
+
+
 def test_paths_in_the_text_exist():
     for path in re.findall(r"`((?:trainer|modeling|tests|tools|ds_configs|slurm)/[\w/.]+\.\w+)`", README):
         assert (REPOSITORY / path).exists(), path

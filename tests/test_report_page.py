@@ -18,8 +18,8 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 WIDE, NARROW = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
 AXE = "axe-core@4"
 
-pytest.importorskip("plotly", reason="the page needs plotly: pip install '.[report]'")
-sync_api = pytest.importorskip("playwright.sync_api", reason="tests of pages need playwright: pip install '.[dev]'")
+pytest.importorskip("plotly", reason="the page needs plotly: pip install -e '.[report]'")
+sync_api = pytest.importorskip("playwright.sync_api", reason="tests of pages need playwright: pip install -e '.[dev]'")
 if CHROMIUM is None:
     pytest.skip("tests of pages need Debian's package chromium", allow_module_level=True)
 

@@ -370,15 +370,17 @@ def test_small_scale_keeps_the_kind_of_every_experiment(has_data):
 
 def test_the_slurm_script_gives_each_array_task_one_run(tmp_path):
     script, python = REPOSITORY / "slurm" / "reproduce.sh", tmp_path / "python"
-    python.write_text('#!/bin/bash\nprintf "%s\\n" "${RANK-no rank}" "$@"\nexit 3\n')
+    python.write_text('#!/bin/bash\nprintf "%s\\n" "${RANK-no rank}" "$SOME_CACHE_DIR" "$@"\nexit 3\n')
     python.chmod(0o755)
     subprocess.run(["bash", "-n", script], check=True)
     job = environment(SOME_PYTHON=str(python), SLURM_JOB_ID="5", SLURM_SUBMIT_DIR=str(REPOSITORY), RANK="1")
+    job.pop("SOME_CACHE_DIR", None)
+    cache = str(tmp_path / ".cache" / "some")  # in the job's working folder, which all nodes share
     command = ["bash", script, SOME, "--set", "data.path=a b"]
     for extra, task in (({"SLURM_ARRAY_TASK_ID": "4"}, ["--task", "4"]), ({}, [])):
-        result = subprocess.run(command, env=job | extra, capture_output=True, text=True)
+        result = subprocess.run(command, env=job | extra, cwd=tmp_path, capture_output=True, text=True)
         tool = str(REPOSITORY / "tools" / "reproduce.py")
-        assert result.stdout.splitlines() == ["no rank", tool, SOME, "--set", "data.path=a b", *task]
+        assert result.stdout.splitlines() == ["no rank", cache, tool, SOME, "--set", "data.path=a b", *task]
         assert result.returncode == 3
     for broken in ({"SLURM_JOB_ID": ""}, {"SLURM_SUBMIT_DIR": "/nowhere"}):
         result = subprocess.run(command, env=job | broken, capture_output=True, text=True)

@@ -75,7 +75,7 @@ class FakeSlurm:
             self.folder / "bin" / "srun",
             f'#!/bin/bash\nprintf "%s\\n" "$@" >"{self.folder}/arguments"\n'
             f'for name in {keep}; do echo "$name=${{!name-}}"; done >"{self.folder}/variables"\n'
-            '[[ -z ${SRUN_REFUSED-} ]] || touch "$SOME_REFUSED_FILE"\n'
+            '[[ -z ${SRUN_VERDICT-} ]] || echo -n "$SRUN_VERDICT" >"$SOME_VERDICT_FILE"\n'
             '[[ -z ${SRUN_SAVES-} ]] || mkdir -p "$SRUN_SAVES"\nexit "${SRUN_CODE:-0}"\n',
         )
         write_program(
@@ -171,6 +171,8 @@ def test_tasks_and_their_cpus_follow_from_what_the_job_was_given(fake, variables
         ({"SLURM_GPUS_ON_NODE": "8", "SLURM_JOB_CPUS_PER_NODE": "9,7"}, "8 task(s) a node do not fit the job's 7 CPU(s)"),
         ({"SLURM_GPUS_ON_NODE": "8", "SLURM_CPUS_PER_TASK": "4"}, "8 task(s) a node do not fit the job's 16 CPU(s)"),
         ({"SLURM_NTASKS": "6"}, "--ntasks=6 is not 1 task(s) on each of 2 node(s); give --ntasks-per-node instead"),
+        ({"SOME_MAX_RESTARTS": "abc"}, "SOME_MAX_RESTARTS=abc is no number; give one from 0"),
+        ({"SOME_MAX_RESTARTS": "-1"}, "SOME_MAX_RESTARTS=-1 is no number"),
         ({"SLURM_JOB_ID": ""}, "not inside a SLURM job; submit the script with sbatch"),
         ({"SLURM_SUBMIT_DIR": "/nowhere"}, "/nowhere/slurm/body.sh not found; call sbatch in the repository's folder"),
     ],
@@ -179,7 +181,7 @@ def test_what_cannot_work_is_refused_in_one_line(fake, variables, named):
     result = fake.launch(**variables)
     assert result.returncode == 2
     assert result.stderr.startswith("error: ") and named in result.stderr and result.stderr.count("\n") == 1
-    assert not (fake.folder / "arguments").exists()
+    assert not (fake.folder / "arguments").exists() and fake.notes == []
 
 
 def test_a_job_starts_itself_again_until_restarts_bring_no_new_checkpoint(fake):
@@ -208,9 +210,9 @@ def test_a_job_starts_itself_again_until_restarts_bring_no_new_checkpoint(fake):
 
 
 def test_attempts_that_end_without_a_word_count_too(fake):
-    (fake.folder / ".slurm-some-b3-123456.attempts").write_text("none none 4\n", encoding="utf-8")
-    result = fake.launch(SLURM_RESTART_COUNT="4")
-    assert result.returncode == 1 and "5 attempt(s) in a row began at checkpoint none" in result.stderr
+    (fake.folder / ".slurm-some-b3-123456.attempts").write_text("none none 9\n", encoding="utf-8")
+    result = fake.launch(SLURM_RESTART_COUNT="9", SOME_MAX_RESTARTS="08")
+    assert result.returncode == 1 and "10 attempt(s) in a row began at checkpoint none" in result.stderr
     assert not (fake.folder / "arguments").exists() and fake.notes == []
 
 
@@ -219,8 +221,10 @@ def test_attempts_that_end_without_a_word_count_too(fake):
     [
         ({"SRUN_CODE": "0"}, 0, []),
         ({"SRUN_CODE": "2"}, 2, []),
-        # Ranks that are ended with the one that refused have the higher code.
-        ({"SRUN_CODE": "143", "SRUN_REFUSED": "1"}, 2, []),
+        # Ranks that are ended with the one that knows better have the higher code.
+        ({"SRUN_CODE": "143", "SRUN_VERDICT": "2"}, 2, []),
+        ({"SRUN_CODE": "143", "SRUN_VERDICT": "3"}, 3, []),
+        ({"SRUN_CODE": "3"}, 3, []),
         ({"SRUN_CODE": "7", "REQUEUE_CODE": "1"}, 7, ["123456"]),
         ({"SRUN_CODE": "75", "SLURM_ARRAY_JOB_ID": "123456", "SLURM_ARRAY_TASK_ID": "3"}, 75, ["123456_3"]),
     ],
@@ -292,6 +296,7 @@ def test_a_grid_is_listed_with_the_command_that_submits_it(capsys):
         (["a4", "--grid", "seed=0", "--set", "seed=1"], "seed is given twice"),
         (["a4", "--grid", "sede=0,1"], "sede: unknown key; did you mean seed?"),
         (["a5", "--grid", "seed=0,1"], "--experiment a5: unknown"),
+        (["a\x1b5", "--grid", "seed=0,1"], "--experiment a\\x1b5: unknown"),
         (["a4", "--grid", "seed=0,1", "--task"], "not a task of a job array; submit with sbatch --array=0-1"),
     ],
 )

@@ -3,9 +3,11 @@
     python tools/chaos.py --ranks 2 --kills 50 --seed 0
 
 Faults are drawn from the seed: SIGKILL of any rank at the beginning of a step, before, inside and after every stage of a
-save, and at any moment; SIGTERM at any moment; a rank that stops answering. After each the other ranks are killed, as a
-launcher does, and the same command is given again. A run that has had its share of faults is let to its end, where losses,
-evaluations and the last checkpoint must be bitwise those of the unbroken run, and nothing else may lie in its folder.
+save, and at any moment; SIGTERM at any moment; a rank that stops answering, until the watchdog ends the others; a slow rank;
+a loss that is not a number; a disk that is full amid a file. When one rank has ended the others are killed, as a launcher
+does, and the same command is given again. That the ranks ended by the fault and nothing else is told from their exit codes
+and what they print. A run that has had its share of faults is let to its end, where losses, evaluations and the last
+checkpoint must be bitwise those of the unbroken run, and nothing else may lie in its folder.
 """
 
 import argparse
@@ -13,11 +15,9 @@ import json
 import os
 import random
 import shutil
-import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,16 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
     sys.path[0] = str(REPOSITORY)
 
+from tools.chaos_faults import Card, Fault, arrange, deck
 from tools.chaos_ranks import Ranks, prepare
 from tools.runs import EXIT_FAILED, EXIT_REFUSED, Run, read_run
 from trainer.checkpoint import MANIFEST, TENSORS
 from trainer.config import load_experiment
+from trainer.distributed import Launch, Layout
+from trainer.ds_config import load_ds_config
 from trainer.exit_codes import DONE
-from trainer.faults import FILE_STAGES, STAGES
 from trainer.resume import NoCheckpoint, checkpoint_at
+from trainer.text import error_line
 
 TINY = [
     "model.vocab_size=512", "model.d_model=32", "model.num_layers=2", "model.num_heads=2", "model.max_seq_len=64",
@@ -41,8 +44,8 @@ TINY = [
     "log.tensorboard=false", "sample.tokens=0",
 ]  # fmt: skip
 """Makes the quickstart a matter of seconds. A restart every few seconds needs no longer training."""
-STEP, SAVE, MOMENT, TERM, STOP = "SIGKILL, rank {}, at a step", "SIGKILL, saving, {}", "SIGKILL, rank {}, at any moment", \
-    "SIGTERM, rank {}, at any moment", "SIGSTOP, rank {}, at a step"  # fmt: skip
+NO_MERCY = "train.max_skipped=0"
+"""Ends a run at the first step that is not finite, before a checkpoint has gone on from it."""
 TIMINGS = {"seconds", "tokens_per_second"}
 
 
@@ -74,95 +77,71 @@ class Chaos:
         reference = self.folder / "unbroken"
         prepare()
         began = time.monotonic()
-        if (code := self._start(reference)) != DONE:
-            raise RuntimeError(f"the unbroken run failed with exit code {code}; see {self._log(reference)}")
+        codes = self._start(reference)
+        if any(codes):
+            raise RuntimeError(f"the unbroken run failed with exit codes {codes}; see {_log(reference)}")
         self.seconds = time.monotonic() - began
         self.unbroken = read_run(reference)
         end = self.unbroken.of("end")[-1]
         self.total_steps, self.every = end["step"], self.unbroken.experiment.checkpoint.every
 
-    def deck(self) -> list[str]:
-        """Every kind of fault, those at a step or a moment more often, in random order."""
-        stages = [f"{when} {stage}" for stage in STAGES for when in ("before", "after")]
-        cards = [SAVE.format(stage) for stage in stages + [f"inside {stage}" for stage in FILE_STAGES]]
-        for rank in range(self.ranks):
-            cards += [STEP.format(rank)] * 4 + [MOMENT.format(rank)] * 4 + [TERM.format(rank), STOP.format(rank)]
-        self.draw.shuffle(cards)
-        return cards
-
-    def run(self, number: int, faults: list[str]) -> list[str]:
-        """One run under `faults`, in turn, and then to its end; those that did not happen, the run having ended before."""
-        output_dir, missed = self.folder / f"run_{number}", list(faults)
-        happened: list[str] = []
-        waiting: list[str] = []  # for the next start that comes so far as to say where it begins
-        while True:
+    def run(self, number: int, cards: list[Card]) -> list[Card]:
+        """One run under faults, in turn, and then to its end; those that did not happen, the run having ended before."""
+        output_dir, missed = self.folder / f"run_{number}", list(cards)
+        happened: list[Card] = []
+        waiting: list[Card] = []  # for the next start that comes so far as to say where it begins
+        is_done = False
+        while not is_done:
             newest, starts = _newest_step(output_dir), len(read_run(output_dir).of("start"))
-            fault = missed[0] if missed and newest < self.total_steps else None
-            code = self._start(output_dir, fault, newest)
-            began = [record["step"] for record in read_run(output_dir).of("start")[starts:]]
-            if began or code == DONE:
+            card = missed[0] if missed and newest < self.total_steps else None
+            fault = card and arrange(card, self.draw, newest, self.every, self.total_steps, self.seconds)
+            said = _size(_log(output_dir))
+            try:
+                codes = self._start(output_dir, fault)
+            except TimeoutError as error:
+                self.problems.append(f"run {number}, {card}: {error}; see {_log(output_dir)}")
+                return missed
+            is_done, after = codes == [DONE] * self.ranks, read_run(output_dir)
+            began = [record["step"] for record in after.of("start")[starts:]]
+            if began or is_done:
                 if began not in ([newest], []):
                     self.problems.append(f"run {number} went on from step {began[0]} instead of {newest}")
                     return missed
                 for earlier in waiting:
-                    self.rows[earlier].went_on += 1
+                    self.rows[str(earlier)].went_on += 1
                 waiting = []
-            if code == DONE:
-                break
-            if fault is None:
-                self.problems.append(f"run {number} did not go on: exit code {code}; see {self._log(output_dir)}")
+            seconds = {record["step"]: record["seconds"] for record in after.of("train")}
+            if fault is not None and fault.happened(codes, _log(output_dir).read_text(errors="replace")[said:], seconds):
+                happened.append(missed.pop(0))
+                waiting.append(card)
+                self.rows.setdefault(str(card), Row()).tried += 1
+            elif not is_done or (fault is not None and fault.sends is None):
+                what = "did not go on" if card is None else f"was to meet {' '.join([str(card), *fault.settings])}"
+                self.problems.append(f"run {number} {what}: exit codes {codes}; see {_log(output_dir)}")
                 return missed
-            happened.append(missed.pop(0))
-            waiting.append(fault)
-            self.rows.setdefault(fault, Row()).tried += 1
+        for card in waiting:
+            self.rows[str(card)].went_on += 1
         differences = compare(self.unbroken, read_run(output_dir))
         self.problems += [f"run {number}: {difference}" for difference in differences]
-        for fault in happened:
-            self.rows[fault].same_end += not differences
+        for card in happened:
+            self.rows[str(card)].same_end += not differences
         if not differences:
             shutil.rmtree(output_dir)
         return missed
 
-    def _log(self, output_dir: Path) -> Path:
-        return output_dir.with_suffix(".log")
-
-    def _start(self, output_dir: Path, fault: str | None = None, newest: int = 0) -> int:
-        """The exit code of one start from the checkpoint of step `newest`, during which `fault` is to happen."""
-        setting, meddle = self._arrange(fault, newest) if fault else ([], lambda ranks, seconds: None)
-        ranks = Ranks([*self.arguments, "--output_dir", str(output_dir), *setting], self.ranks, self._log(output_dir))
-        return ranks.wait(lambda seconds: meddle(ranks, seconds))
-
-    def _arrange(self, fault: str, newest: int) -> tuple[list[str], Callable[[Ranks, float], None]]:
-        """The flags that make a fault happen, and what has to be done from outside."""
-        step = self.draw.randint(newest + 1, min(newest + self.every + 1, self.total_steps))
-        saves = [*range(self.every, self.total_steps, self.every), self.total_steps]
-        save = next(step for step in saves if step > newest)
-        after = self.draw.uniform(0, self.seconds)
-        for rank in range(self.ranks):
-            if fault == STEP.format(rank):
-                return ["--set", f"faults.kill=rank={rank} step={step}"], lambda ranks, seconds: None
-            if fault == STOP.format(rank):
-                return ["--set", f"faults.stop=rank={rank} step={step}"], lambda ranks, seconds: None
-            for kind, number in ((MOMENT, signal.SIGKILL), (TERM, signal.SIGTERM)):
-                if fault == kind.format(rank):
-                    return [], _Once(after, rank, number)
-        when, stage = fault.removeprefix(SAVE.format("")).split()
-        return ["--set", f"faults.kill=step={save} stage={stage} when={when}"], lambda ranks, seconds: None
+    def _start(self, output_dir: Path, fault: Fault | None = None) -> list[int | None]:
+        """The exit code of every rank of one start, during which `fault` is to happen."""
+        settings = [word for setting in (fault.settings if fault else ()) for word in ("--set", setting)]
+        ranks = Ranks([*self.arguments, "--output_dir", str(output_dir), *settings], self.ranks, _log(output_dir))
+        return ranks.wait(*((fault.after, fault.rank, fault.sends) if fault and fault.sends else ()))
 
 
-@dataclass
-class _Once:
-    """Sends one signal to one rank some seconds after the start."""
+def _log(output_dir: Path) -> Path:
+    return output_dir.with_suffix(".log")
 
-    after: float
-    rank: int
-    number: int
-    sent: bool = False
 
-    def __call__(self, ranks: Ranks, seconds: float) -> None:
-        if not self.sent and seconds >= self.after:
-            ranks.send(self.rank, self.number)
-            self.sent = True
+def _size(path: Path) -> int:
+    return len(path.read_text(errors="replace")) if path.exists() else 0
 
 
 def _newest_step(output_dir: Path) -> int:
@@ -211,6 +190,31 @@ def table(rows: dict[str, Row]) -> str:
     return "\n".join(lines)
 
 
+def wanted_cards(arguments: argparse.Namespace) -> list[Card]:
+    """The kinds of faults that `--only` leaves."""
+    return [card for card in deck(arguments.ranks) if arguments.only in str(card)]
+
+
+def check(arguments: argparse.Namespace, settings: list[str]) -> None:
+    """Refuse what cannot work.
+
+    Raises:
+        ValueError: naming the flag.
+        OSError: a folder that cannot be read.
+    """
+    if min(arguments.ranks, arguments.kills, arguments.kills_a_run) < 1:
+        raise ValueError("--ranks, --kills and --kills_a_run: must be at least 1")
+    experiment, launch = load_experiment(arguments.experiment, settings), Launch(0, arguments.ranks, 0, arguments.ranks)
+    load_ds_config(arguments.ds_config, experiment, Layout.of(experiment, launch), arguments.ranks)
+    if not wanted_cards(arguments):
+        kinds = "; ".join(sorted({card.kind for card in deck(arguments.ranks)}))
+        raise ValueError(f"--only {arguments.only}: no fault has this in its name; there are: {kinds}")
+    if arguments.folder is not None and arguments.folder.exists() and any(arguments.folder.iterdir()):
+        raise ValueError(f"--folder {arguments.folder}: is not empty; give another")
+    if arguments.json is not None and (arguments.json.is_dir() or not os.access(arguments.json.absolute().parent, os.W_OK)):
+        raise ValueError(f"--json {arguments.json}: cannot be written; give a file in a folder that is there")
+
+
 def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(prog="tools/chaos.py", description="Train under faults and compare with no faults.")
@@ -225,26 +229,33 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, metavar="DIR", help="for the runs (default: a temporary one)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures")
     arguments = parser.parse_args()
-    settings = (TINY if arguments.experiment == "quickstart" else []) + arguments.set
+    settings = (TINY if arguments.experiment == "quickstart" else []) + [NO_MERCY, *arguments.set]
     try:
-        load_experiment(arguments.experiment, settings)
-        if min(arguments.ranks, arguments.kills, arguments.kills_a_run) < 1:
-            raise ValueError("--ranks, --kills and --kills_a_run: must be at least 1")
+        check(arguments, settings)
+        folder = arguments.folder or Path(tempfile.mkdtemp(prefix="chaos-"))
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        print(error_line(ValueError(f"--folder {arguments.folder}: {error.strerror}; give another")), file=sys.stderr)
+        return EXIT_REFUSED
     except ValueError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(error_line(error), file=sys.stderr)
         return EXIT_REFUSED
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     command = ["--experiment", arguments.experiment, "--ds_config", arguments.ds_config]
     for setting in settings:
         command += ["--set", setting]
-    folder = arguments.folder or Path(tempfile.mkdtemp(prefix="chaos-"))
-    folder.mkdir(parents=True, exist_ok=True)
-    chaos = Chaos(command, arguments.ranks, folder, random.Random(arguments.seed))
-    number, cards = 0, []
+    draw, number, cards = random.Random(arguments.seed), 0, []
+    try:
+        chaos = Chaos(command, arguments.ranks, folder, draw)
+    except (RuntimeError, TimeoutError) as error:
+        print(error_line(error), file=sys.stderr)
+        return EXIT_FAILED
     while sum(row.tried for row in chaos.rows.values()) < arguments.kills and not chaos.problems:
         wanted = min(arguments.kills_a_run, arguments.kills - sum(row.tried for row in chaos.rows.values()))
         while len(cards) < wanted:
-            cards += [card for card in chaos.deck() if arguments.only in card]
+            more = wanted_cards(arguments)
+            draw.shuffle(more)
+            cards += more
         number += 1
         cards = chaos.run(number, cards[:wanted]) + cards[wanted:]
         print(f"run {number}: {sum(row.tried for row in chaos.rows.values())} faults so far", file=sys.stderr, flush=True)

@@ -6,10 +6,8 @@ imported, so that a start takes a second and not ten.
 
 import multiprocessing as mp
 import os
-import signal
 import sys
 import time
-from collections.abc import Callable
 from multiprocessing.connection import wait
 from pathlib import Path
 
@@ -54,47 +52,40 @@ class Ranks:
         for process in self.processes:
             process.start()
 
-    def wait(self, meddle: Callable[[float], None] = lambda seconds: None) -> int:
-        """Until all have ended, or one has by an error or a signal, or was stopped; then the others are killed, as a
-        launcher does. 0, or the exit code of one that ended otherwise (negative: a signal; of a stopped rank, SIGSTOP's).
+    def wait(self, after: float = 0.0, rank: int = 0, number: int | None = None) -> list[int | None]:
+        """Until all have ended, or one has by an error or a signal; then the others are killed, as a launcher does.
 
         Args:
-            meddle: is called all the time with the seconds since the start.
+            after: seconds from now on, when a signal is sent.
+            rank: to whom, if it lives.
+            number: the signal; None = none.
+
+        Returns:
+            The exit code of every rank (negative: a signal); None = it had not ended by then.
+
+        Raises:
+            TimeoutError: they do not come to an end.
         """
         began, ending = time.monotonic(), None
         try:
             while True:
                 wait([process.sentinel for process in self.processes if process.is_alive()], timeout=POLL_SECONDS)
                 codes = [process.exitcode for process in self.processes]
-                first = next((code for code in codes if code), DONE)
-                if None not in codes:
-                    return first
-                if any(_is_stopped(process.pid) for process in self.processes if process.is_alive()):
-                    return -signal.SIGSTOP
-                if first not in (DONE, REQUEUE):
-                    return first
+                if None not in codes or not {*codes} <= {None, DONE, REQUEUE}:
+                    return codes
                 seconds = time.monotonic() - began
-                if first == REQUEUE:
+                if REQUEUE in codes:
                     ending = ending or seconds
                 if seconds > SECONDS_TO_RUN or (ending is not None and seconds > ending + SECONDS_TO_STOP):
                     raise TimeoutError(f"ranks hang after {seconds:.0f} s with exit codes {codes}")
-                meddle(seconds)
+                if number is not None and seconds >= after:
+                    if self.processes[rank].is_alive():
+                        os.kill(self.processes[rank].pid, number)
+                    number = None
         finally:
             for process in self.processes:
                 process.kill()
                 process.join()
-
-    def send(self, rank: int, number: int) -> None:
-        """A signal to one rank, if it lives."""
-        if self.processes[rank].is_alive():
-            os.kill(self.processes[rank].pid, number)
-
-
-def _is_stopped(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
-    except (OSError, IndexError):
-        return False
 
 
 def _rank(rank: int, world_size: int, port: int, arguments: list[str], log: Path) -> None:

@@ -21,6 +21,7 @@ if __name__ == "__main__":
 
 from tools.runs import EXIT_REFUSED
 from trainer.config import load_experiment
+from trainer.text import error_line
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def main(arguments: list[str] | None = None) -> None:
             print(*trainer_arguments(chosen, runs[task], others), sep="\0", end="\0")
             return
     except ValueError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        print(error_line(error), file=sys.stderr, flush=True)
         sys.exit(EXIT_REFUSED)
     for number, run in enumerate(runs):
         print(f"{number:4}  {run.folder}")

@@ -144,7 +144,7 @@ def _plotly(path: Path | None) -> str:
             return path.read_text(encoding="utf-8")
         return resources.files("plotly").joinpath("package_data/plotly.min.js").read_text(encoding="utf-8")
     except ModuleNotFoundError:
-        raise ValueError("the page needs the package plotly; pip install plotly, or pip install '.[report]'") from None
+        raise ValueError("the page needs the package plotly; pip install plotly, or pip install -e '.[report]'") from None
     except (OSError, ValueError) as error:
         raise ValueError(f"--plotly {path}: cannot be read ({error}); give a build of plotly.js") from None
 

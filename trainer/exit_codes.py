@@ -6,5 +6,7 @@ FAILED = 1
 """An error; starting again may help."""
 REFUSED = 2
 """Bad input: starting again would be refused again."""
+NOT_FINITE = 3
+"""Too many steps in a row were not finite: a restart is bitwise the same run and would come to the same end."""
 REQUEUE = 75
 """Stopped by a signal with a checkpoint written: start again to go on (EX_TEMPFAIL of sysexits.h)."""

@@ -47,7 +47,7 @@ from trainer.distributed import (
 )
 from trainer.ds_config import is_bf16, load_ds_config
 from trainer.engine import Engine, check_ds_config
-from trainer.exit_codes import DONE, FAILED, REFUSED, REQUEUE
+from trainer.exit_codes import DONE, FAILED, NOT_FINITE, REFUSED, REQUEUE
 from trainer.generate import generate
 from trainer.listing import print_experiments
 from trainer.lock import FolderLock
@@ -80,7 +80,9 @@ def main() -> None:
         code = run(arguments, launch)
     except ValueError as error:
         end(error, launch, REFUSED)
-    except (NumericalFault, StorageError) as error:
+    except NumericalFault as error:
+        end(error, launch, NOT_FINITE)
+    except StorageError as error:
         end(error, launch, FAILED)
     if code != DONE:
         # Launchers that see the first rank end send SIGTERM to the others, which are to end with the same code.
@@ -386,9 +388,9 @@ def end(error: Exception, launch: Launch, code: int) -> NoReturn:
     if launch.rank != 0:
         signal.sigtimedwait([signal.SIGTERM], SECONDS_TO_WAIT_FOR_RANK_0)
     print(error_line(error), file=sys.stderr, flush=True)
-    if code == REFUSED and "SOME_REFUSED_FILE" in os.environ:
+    if code in (REFUSED, NOT_FINITE) and "SOME_VERDICT_FILE" in os.environ:
         # slurm/body.sh cannot rely on srun's exit code, which is the highest of all ranks', those that it killed included.
-        Path(os.environ["SOME_REFUSED_FILE"]).touch()
+        Path(os.environ["SOME_VERDICT_FILE"]).write_text(str(code), encoding="ascii")
     sys.exit(code)
 
 

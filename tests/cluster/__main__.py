@@ -51,11 +51,8 @@ def main(arguments: list[str] | None = None) -> int:
             Cluster.up(chosen.folder, chosen.nodes, chosen.cpus, chosen.gpus)
             print(f"export SLURM_CONF={chosen.folder}/slurm.conf")
             return 0
-        act(Cluster(chosen.folder), chosen)
-    except FileNotFoundError as error:
-        print(f"error: no cluster in {chosen.folder} ({error}); start one with up", file=sys.stderr)
-        return 1
-    except (RuntimeError, TimeoutError, ValueError) as error:
+        act(_pick_up(chosen.folder), chosen)
+    except (OSError, RuntimeError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except subprocess.CalledProcessError as error:
@@ -64,8 +61,17 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
+def _pick_up(folder: Path) -> Cluster:
+    try:
+        return Cluster(folder)
+    except FileNotFoundError as error:
+        raise ValueError(f"no cluster in {folder} ({error}); start one with up") from None
+
+
 def act(cluster: Cluster, chosen: argparse.Namespace) -> None:
     """One command on a cluster that is up."""
+    if not getattr(chosen, "words", [chosen.command]):
+        raise ValueError(f"{chosen.command}: which command? for example {chosen.command} hostname")
     match chosen.command:
         case "down":
             cluster.down()

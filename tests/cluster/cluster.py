@@ -78,11 +78,13 @@ class Cluster:
             gpus: GPUs that a node claims; each is a /dev/null.
 
         Raises:
-            RuntimeError: this machine cannot have one, or a daemon does not start.
+            RuntimeError: this machine cannot have one, one is up in `folder`, or a daemon does not start.
             TimeoutError: a daemon does not answer.
         """
         if (reason := why_not()) is not None:
             raise RuntimeError(reason)
+        if (folder / "network.json").exists():
+            raise RuntimeError(f"a cluster is up in {folder}; end it with down, or give another --folder")
         folder.mkdir(parents=True, exist_ok=True)
         folder.chmod(0o755)
         network = Network.create(folder, nodes)

@@ -54,12 +54,17 @@ def write_tiny(folder: Path, steps: int) -> Path:
     return folder / "tiny.yaml"
 
 
-def last_step(run: Path) -> int:
-    """The last training step in a run's metrics; 0 before the first."""
+def steps_of(run: Path, event: str) -> list[int]:
+    """The steps of a live run's records of one kind, so far as they are whole."""
     path = run / "metrics.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    steps = [json.loads(line)["step"] for line in lines if line.startswith("{") and line.endswith("}") and '"train"' in line]
-    return max(steps, default=0)
+    found = [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
+    return [record["step"] for record in found if record["event"] == event]
+
+
+def last_step(run: Path) -> int:
+    """The last training step in a run's metrics; 0 before the first."""
+    return max(steps_of(run, "train"), default=0)
 
 
 def write_program(path: Path, text: str) -> Path:

@@ -2,7 +2,9 @@
 
 import shutil
 import subprocess
+import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,8 @@ from tests.cluster.__main__ import main
 from tests.cluster.cluster import Cluster
 from tests.cluster.processes import wait_until
 
-# Two programs that `python3 -c` runs on nodes; system Python, no packages.
+# Two programs that `python -c` runs on nodes; no packages.
+PYTHON = (sys.executable, "-I", "-S", "-c")
 TAKE_ALL = """
 import socket
 connection, _ = socket.create_server(("", 5555)).accept()
@@ -34,9 +37,18 @@ connection.recv(1)
 
 def belongings(cluster: Cluster) -> list[str]:
     """Namespaces, interfaces and processes of the machine that belong to a cluster."""
-    listings = [["ip", "netns"], ["ip", "-o", "link"], ["ps", "-eo", "args"]]
+    listings = [["ip", "netns"], ["ip", "-o", "link"]]
     lines = [line for listing in listings for line in subprocess.check_output(listing, text=True).splitlines()]
-    return [line for line in lines if cluster.network.name in line or str(cluster.folder) in line]
+    return [line for line in lines + command_lines() if cluster.network.name in line or str(cluster.folder) in line]
+
+
+def command_lines() -> list[str]:
+    """Of every process of the machine."""
+    lines = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended
+            lines.append(process.joinpath("cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip())
+    return lines
 
 
 def leave_running(cluster: Cluster, node: str, *command: str) -> None:
@@ -49,12 +61,18 @@ def test_clusters_side_by_side_do_not_meet_and_leave_nothing_behind(cluster, cap
     try:
         assert main(["--folder", str(folder), "up", "1"]) == 0
         other = Cluster(folder)
+        assert main(["--folder", str(folder), "up", "1"]) == 1
+        assert f"a cluster is up in {folder}; end it with down" in capfd.readouterr().err
         assert other.network.subnet != cluster.network.subnet
         for each in (cluster, other):
             said = each.run("srun", f"--nodes={len(each.nodes)}", "hostname", timeout=60).split()
             assert sorted(said) == each.nodes
         assert main(["--folder", str(folder), "exec", "node0", "hostname"]) == 0
         assert capfd.readouterr().out.endswith("node0\n")
+        for words, said in (["run", "no-such-command"], "No such file or directory"), (["run"], "run: which command?"):
+            assert main(["--folder", str(folder), *words]) == 1
+            error = capfd.readouterr().err
+            assert said in error and "no cluster" not in error
         # A job, and a program that hides from SLURM.
         job = other.submit("--wrap=sleep 600", cwd=folder)
         wait_until(lambda: other.show(job)["JobState"] == "RUNNING", 30, "the job")
@@ -72,8 +90,8 @@ def test_clusters_side_by_side_do_not_meet_and_leave_nothing_behind(cluster, cap
 
 def test_cables_carry_what_is_counted_until_they_are_pulled(cluster):
     before = [cluster.network.traffic(node) for node in (0, 1)]
-    leave_running(cluster, "node1", "/usr/bin/python3", "-c", TAKE_ALL)
-    cluster.execute("node0", "/usr/bin/python3", "-c", SEND, "node1", "2000000")
+    leave_running(cluster, "node1", *PYTHON, TAKE_ALL)
+    cluster.execute("node0", *PYTHON, SEND, "node1", "2000000")
     after = [cluster.network.traffic(node) for node in (0, 1)]
     # Headers are 66 bytes of 1,514 at most; segments may be larger on the way.
     assert 2_000_000 < after[0].sent - before[0].sent < 2_200_000
@@ -81,7 +99,7 @@ def test_cables_carry_what_is_counted_until_they_are_pulled(cluster):
 
     cluster.unplug("node1")
     with pytest.raises(subprocess.CalledProcessError) as failed:
-        cluster.execute("node0", "/usr/bin/python3", "-c", SEND, "node1", "1")
+        cluster.execute("node0", *PYTHON, SEND, "node1", "1")
     assert "timed out" in failed.value.output
     cluster.plug("node1")
 
@@ -95,9 +113,9 @@ def test_cables_carry_what_is_counted_until_they_are_pulled(cluster):
 
 def test_a_crash_ends_everything_on_a_node_at_once(cluster):
     leave_running(cluster, "node1", "sleep", "600.25")
-    assert "sleep 600.25" in subprocess.check_output(["ps", "-eo", "args"], text=True)
+    assert "sleep 600.25" in command_lines()
     cluster.crash("node1")
-    assert "sleep 600.25" not in subprocess.check_output(["ps", "-eo", "args"], text=True)
+    assert "sleep 600.25" not in command_lines()
     with pytest.raises(RuntimeError, match="node1 is not running"):
         cluster.execute("node1", "true")
     with pytest.raises(ValueError, match="node7: no such node; there are node0, node1"):

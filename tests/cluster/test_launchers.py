@@ -24,7 +24,7 @@ GRID = ["--grid", "train.learning_rate=3e-4,6e-4"]
 
 
 def test_sbatch_accepts_every_launcher(cluster):
-    for name, nodes in LAUNCHERS.items():
+    for name, nodes in {**LAUNCHERS, "reproduce": 1}.items():
         answer = cluster.run("sbatch", "--test-only", str(REPOSITORY / "slurm" / f"{name}.sh"))
         assert re.search(rf"to start at .* on nodes node{re.escape('[0-1]' if nodes == 2 else '0')} ", answer), answer
 

@@ -32,6 +32,7 @@ def test_ranks_that_a_signal_stops_save_and_the_job_goes_on_from_there(cluster, 
     # scancel lets the ranks save too, but ends the job for good.
     for job in jobs.values():
         assert cluster.wait(job.id, 60) == Ending("CANCELLED", "75:0", restarts=1)
+        assert job.notes == []
 
 
 def test_a_job_that_slurm_starts_again_saves_first_and_starts_anew_only_once(cluster, tmp_path):

@@ -1,24 +1,29 @@
 """The command line: refusals before the ranks meet, what a run leaves behind, and every launcher."""
 
-import contextlib
 import errno
 import hashlib
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
+from tests.cluster.jobs import last_step
+from tests.cluster.processes import wait_until
+from tests.distributed import free_port
 from tests.launch import FP32, REPOSITORY, SCRIPT, environment, launch, losses, records, succeed
 from trainer import run
 from trainer.checkpoint import read_state
 from trainer.config import experiment_names, load_experiment
-from trainer.exit_codes import FAILED, REFUSED
+from trainer.exit_codes import FAILED, NOT_FINITE, REFUSED, REQUEUE
 from trainer.lock import FolderLock
 
 SMALL = [
@@ -141,7 +146,7 @@ def test_a_finished_run_says_so_and_how_to_start_anew(finished, monkeypatch, cap
     assert len(losses(output_dir)) == 4
     before = contents(output_dir)
     for more in ([], ["--set", "data.name=text", "--set", f"data.path={output_dir}/none"]):
-        with contextlib.suppress(SystemExit):
+        with suppress(SystemExit):
             call(monkeypatch, *arguments, "--set", "checkpoint.keep=1", *more)
     assert contents(output_dir) == before, "only a run that starts removes checkpoints that are too many"
 
@@ -249,13 +254,24 @@ def test_a_folder_with_nothing_but_checkpoints_is_moved_aside(finished, monkeypa
     assert (tmp_path / "run.1" / "checkpoints" / "latest").exists() and not (copy / "checkpoints").exists()
 
 
-def test_a_full_disk_ends_two_ranks_with_one_line(finished, tmp_path):
+def test_a_full_disk_and_numbers_that_are_not_finite_end_two_ranks_with_one_line(finished, monkeypatch, tmp_path):
+    """Only the second is said to be of no use to start again, in the code and in the file that slurm/body.sh reads."""
+    verdict = tmp_path / "verdict"
+    monkeypatch.setenv("SOME_VERDICT_FILE", str(verdict))
     faults = ["--set", "faults.write=step=4 stage=optimizer.safetensors"]
     result = launch(*finished[1], *faults, "--output_dir", str(tmp_path / "run"), ranks=2)
     assert result.returncode == FAILED and "Traceback" not in result.stderr
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert "step_00000004 cannot be written (No space left on device)" in line and "step_00000002 is the newest" in line
-    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["latest", "step_00000002"]
+    left = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert left == ["latest", "step_00000002"] and not verdict.exists()
+
+    faults = ["--set", "faults.nan=rank=1 step=3", "--set", "train.max_skipped=0"]
+    result = launch(*finished[1], *faults, "--output_dir", str(tmp_path / "run"), ranks=2)
+    assert result.returncode == NOT_FINITE and "Traceback" not in result.stderr
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert line.startswith("error: step 3: the loss or the gradients of 1 steps in a row are not finite")
+    assert verdict.read_text() == str(NOT_FINITE)
 
 
 def test_resume_never_moves_the_old_run_aside(finished, tmp_path):
@@ -295,26 +311,43 @@ def test_every_ds_config_trains(name, tmp_path, cache_dir):
 
 
 @pytest.mark.parametrize(
-    "launcher",
+    ("launcher", "signalled", "code"),
     [
-        ["deepspeed", "--quiet", "--num_gpus", "2", "--master_port", "{port}"],
-        ["torchrun", "--nproc-per-node", "2", "--master-port", "{port}"],
-        ["torchrun", "--nproc-per-node", "1", "--master-port", "{port}"],
+        (["deepspeed", "--quiet", "--num_gpus", "2", "--master_port", "{port}"], "--local_rank=1", REQUEUE),
+        (["torchrun", "--nproc-per-node", "2", "--master-port", "{port}"], "torchrun", FAILED),
+        (["torchrun", "--nproc-per-node", "1", "--master-port", "{port}"], "torchrun", FAILED),
     ],
-    ids=lambda launcher: f"{launcher[0]} {launcher[-3]}",
+    ids=["deepspeed", "torchrun", "torchrun, one rank"],
 )
-def test_launchers(launcher, finished, tmp_path, cache_dir):
-    from tests.distributed import free_port
-
+def test_launchers(launcher, signalled, code, finished, tmp_path):
+    """A run that a signal stops, to one rank or to the launcher, and that the same command ends."""
+    output_dir = tmp_path / "run"
     command = [part.replace("{port}", str(free_port())) for part in launcher]
     command[0] = str(Path(sys.executable).with_name(command[0]))
-    arguments = finished[1] + ["--output_dir", str(tmp_path / "run"), "--max_steps", "2"]
-    result = subprocess.run(
-        [*command, SCRIPT, *arguments], env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=240
-    )
+    command += [SCRIPT, *finished[1], "--output_dir", str(output_dir)]
+    # Long enough that the signal comes before the end.
+    process = subprocess.Popen(
+        [*command, "--set", "faults.slow=step=3 seconds=2"], env=environment(), cwd=tmp_path, process_group=0,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    try:
+        wait_until(lambda: last_step(output_dir) >= 2 or process.poll() is not None, 240, "step 2")
+        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+        next(each for each in family if signalled in " ".join(each.cmdline())).terminate()
+        printed = process.communicate(timeout=240)[0]
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == code, printed
+    (end,) = records(output_dir, "end")
+    assert end["stopped_by"].startswith("SIGTERM on rank") and not end["finished"]
+    assert end["step"] in (2, 3)
+    assert (output_dir / "checkpoints" / "latest").read_text().strip() == f"step_{end['step']:08d}"
+
+    result = subprocess.run(command, env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert records(tmp_path / "run", "start")[0]["world_size"] == int(launcher[-3])
-    assert losses(tmp_path / "run") == pytest.approx(losses(finished[0])[:2], rel=2e-6)
+    assert [start["world_size"] for start in records(output_dir, "start")] == [int(launcher[-3])] * 2
+    assert losses(output_dir) == pytest.approx(losses(finished[0]), rel=1e-5)
     shown = [line for line in (result.stdout + result.stderr).splitlines() if "DeepSpeed" in line or "Warning" in line]
     assert not shown, "DeepSpeed's own messages are shown only on request"
 
