@@ -25,9 +25,9 @@ TINY = [
 ]  # fmt: skip
 """Six steps, and some hundred real tokens to validate on."""
 EXAMPLE = [
-    *TINY, "model.vocab_size=512", "model.d_model=64", "model.max_seq_len=64", "model.some.num_experts=16",
-    "model.some.d_ffn=64", "data.train_documents=2000", "data.val_documents=16", "train.batch_size=16", "train.steps=90",
-    "train.eval_every=10", "checkpoint.every=30", "checkpoint.keep=3",
+    *TINY, "model.vocab_size=512", "model.d_model=32", "model.max_seq_len=64", "model.some.num_experts=16",
+    "model.some.d_ffn=32", "data.train_documents=400", "data.val_documents=8", "train.batch_size=16", "train.steps=60",
+    "train.eval_every=10", "checkpoint.every=20", "checkpoint.keep=3",
 ]  # fmt: skip
 """The same runs, long enough to look at."""
 

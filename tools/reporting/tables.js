@@ -33,8 +33,11 @@ function compareCells(one, other, descending) {
    columns: [{key, label, note, digits}]; a digits that is not null makes a column of numbers.
    rows: [{cells: {key: [value, text]}, ...}]; decorate(row, column, cell) may put more into a cell. */
 class SortableTable {
+  static all = new Map();
+
   constructor(table, columns, sort, decorate = () => {}) {
     Object.assign(this, { table, columns, sort, decorate, rows: [] });
+    SortableTable.all.set(table.id, this);
     this.head = table.appendChild(make("thead"));
     this.body = table.appendChild(make("tbody"));
   }
