@@ -257,7 +257,8 @@ def test_means_over_seeds(open_page):
     """Over those that are there, and none where one of them is not finite."""
     page = open_page()
     one = {"steps": [0, 10, 20, 30, 40], "x": [0, 10, 20, 30, 40], "y": [5, 4, 3, 2, 1]}
-    two = {"steps": [0, 10, 20, 30], "x": [0, 12, 22, 32], "y": [7, 5, None, 4]}
+    # At step 33 it was stopped, where the other was not measured.
+    two = {"steps": [0, 10, 20, 30, 33], "x": [0, 12, 22, 32, 35], "y": [7, 5, None, 4, 3]}
     three = {"steps": [0], "x": [0], "y": [9]}
     joined = page.evaluate("curves => band(curves)", [one, two, three])
     assert joined == {

@@ -6,6 +6,8 @@ const families = [...new Set(report.runs.map((run) => run.cells.family[0]))];
 const familyColour = (run) => paletteColour(families.indexOf(run.cells.family[0]));
 const isBaseline = (run) => run.cells.tag[0] === byId("baseline").value;
 
+const MOST_MARKERS = 50;
+
 // The points of a curve: {x, y}, y null where it is not finite.
 function points(run, source, xKind, measure) {
   const held = run.curves[source];
@@ -26,8 +28,9 @@ function smooth(y, weight) {
   });
 }
 
-// Mean, smallest and largest of several curves at each step that any of them has, over those that have it: {x, mean, low,
-// high, count}. x is the mean of theirs; where a value is not finite, so is the mean, and there is a gap.
+// Mean, smallest and largest of several curves at each step, over those that have come to it: {x, mean, low, high, count}.
+// x is the mean of theirs; where a value is not finite, so is the mean, and there is a gap. A step that a curve passed over,
+// such as the last one of a run that was stopped between two evaluations, is left out, if others are whole.
 function band(curves) {
   const places = new Map();
   for (const { steps, x, y } of curves) {
@@ -37,7 +40,10 @@ function band(curves) {
       places.get(step).y.push(y[i]);
     });
   }
-  const columns = [...places].sort(([one], [other]) => one - other).map(([, values]) => values);
+  const all = [...places].sort(([one], [other]) => one - other);
+  const passed = (step) => curves.filter(({ steps }) => steps[0] <= step && step <= steps.at(-1)).length;
+  const whole = all.filter(([step, { x }]) => x.length === passed(step));
+  const columns = (whole.length > 1 ? whole : all).map(([, values]) => values);
   const over = (measure) => columns.map(({ y }) => (y.includes(null) ? null : measure(y)));
   return {
     x: columns.map(({ x }) => mean(x)),
@@ -76,7 +82,8 @@ function drawCurves(runs) {
       const held = points(run, source, xKind, measure);
       return { label: run.cells.run[0], steps: run.curves[source].step, x: held.x, y: weight > 0 ? smooth(held.y, weight) : held.y };
     });
-    const common = { type: "scatter", mode: split === "eval" ? "lines+markers" : "lines", line, marker: { size: 4, color: stroke } };
+    const isSparse = split === "eval" && drawn.every(({ x }) => x.length <= MOST_MARKERS);
+    const common = { type: "scatter", mode: isSparse ? "lines+markers" : "lines", line, marker: { size: 4, color: stroke } };
     // customdata is shown as it is, where %{y} would be rounded.
     const hover = `<b>%{fullData.meta}</b><br>${xKind} %{x:,}<br>${measure} %{customdata}`;
     if (isJoined) {

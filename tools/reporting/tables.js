@@ -15,8 +15,12 @@ function fillSelect(select, options, chosen) {
   if (chosen !== undefined) select.value = chosen;
 }
 
-const grouped = (value, digits) =>
-  value.toLocaleString("en-US", { minimumFractionDigits: digits, maximumFractionDigits: digits });
+// Making a format takes far longer than using it.
+const formats = new Map();
+function grouped(value, digits) {
+  if (!formats.has(digits)) formats.set(digits, new Intl.NumberFormat("en-US", { minimumFractionDigits: digits, maximumFractionDigits: digits }));
+  return formats.get(digits).format(value);
+}
 const figure = (value, digits) => (value === null ? "" : grouped(value, digits));
 const signed = (value, digits) => (value === null ? "" : (value < 0 ? "" : "+") + grouped(value, digits));
 
