@@ -14,6 +14,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from tools.chaos_ranks import PRELOADED
+
 SECONDS = 120
 
 
@@ -27,10 +29,10 @@ def free_port() -> int:
 def start_process(function: Callable[..., Any], *arguments: Any) -> BaseProcess:
     """A process of its own for `function(*arguments)`, with one thread unless it asks for more.
 
-    It is forked off a server that has imported the trainer and DeepSpeed once, which would take it some seconds.
+    It is forked off a server that has imported once what takes a rank some ten seconds.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["trainer.run", "deepspeed"])
+    context.set_forkserver_preload(PRELOADED)
     process = context.Process(target=function, args=arguments, daemon=True)
     threads = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = "1"  # read once, when the server imports torch

@@ -288,10 +288,14 @@ def test_command_line_table_json_and_page_say_the_same(runs, tmp_path, monkeypat
         (["--text", "a cat", "--layers", "2"], "layers 0 to 1"),
         (["--text", "a cat", "--rows", "0"], "at least 1"),
         (["--file", "/nowhere/at/all"], "cannot be read"),
-        (["--text", "a cat", "--html", "/nowhere/at/all"], "cannot be written"),
+        (["--text", "a cat", "--html", "/nowhere/at/all"], "--html /nowhere/at/all: cannot be written"),
+        (["--text", "a cat", "--json", "/"], "--json /: cannot be written"),
+        (["--text", "a cat", "--sequences", "3"], "is for --data"),
     ],
 )
 def test_what_is_refused(runs, monkeypatch, capsys, arguments, message):
+    """Before anything is computed."""
+    monkeypatch.setattr(inspect_experts, "trace", None)
     with pytest.raises(SystemExit, match="2"):
         call(monkeypatch, runs / "chunks", *arguments)
     error = capsys.readouterr().err

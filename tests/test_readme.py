@@ -39,7 +39,9 @@ def test_other_commands_name_what_exists(command):
     if words[0] == "make":
         assert re.search(rf"^{words[1]}:", (REPOSITORY / "Makefile").read_text(), flags=re.M), command
     elif words[:2] == ["python", "-m"]:
-        assert importlib.util.find_spec(f"{words[2]}.__main__"), command
+        spec = importlib.util.find_spec(words[2])
+        is_package = spec is not None and spec.submodule_search_locations is not None
+        assert importlib.util.find_spec(f"{words[2]}.__main__") if is_package else spec, command
     elif words[0] in ("sbatch", "python"):
         script = next(word for word in words[1:] if word.endswith((".sh", ".py")))
         assert (REPOSITORY / script).exists(), command

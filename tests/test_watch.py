@@ -106,8 +106,22 @@ def test_what_a_snapshot_has(tmp_path):
     assert (snapshot.val_loss, snapshot.ranks, snapshot.ep_size, snapshot.experts) == (4.5, 2, 2, 16)
     assert (snapshot.effective_experts, snapshot.dead_experts) == (4.25, 10)
     assert snapshot.tokens_per_second == 200
-    # Six steps of two seconds; the evaluation between took six seconds, and four steps were recorded.
+    # Six steps of two seconds; the evaluation between took six seconds, and four steps were taken.
     assert snapshot.seconds_left == pytest.approx(6 * (2 + 6 / 4))
+
+
+def test_time_left_spreads_evaluations_and_checkpoints_over_all_steps(tmp_path):
+    """Steps of a second, every 500 an evaluation of 60 s, and a checkpoint of 40 s of which training waited 5 s."""
+    records = [START | {"total_steps": 10_000}, EVALUATION | {"seconds": 60.0}]
+    for step in range(500, 2001, 500):
+        records += steps(step - 499, step, seconds=1.0)
+        records += [EVALUATION | {"step": step, "seconds": 60.0}]
+        records += [dict(event="checkpoint", step=step, seconds=40.0, blocked_seconds=5.0)]
+    run = make_run(tmp_path / "run", [*records, *steps(2001, 2001, seconds=30.0)])
+    assert only(tmp_path).seconds_left == pytest.approx(7999 * (1 + 65 / 500), rel=1e-3), "right after an evaluation"
+    with (run / "metrics.jsonl").open("a") as file:
+        file.writelines(json.dumps(record) + "\n" for record in steps(2002, 2100, seconds=1.0))
+    assert only(tmp_path).seconds_left == pytest.approx(7900 * (1 + 4 * 65 / 2100)), "and later"
 
 
 def test_runs_are_found_below_and_read_again_when_they_change(tmp_path):
@@ -268,7 +282,8 @@ def test_the_report_is_served_and_made_anew_while_runs_go_on(served):
     code, headers, body = ask(server)
     assert (code, body, report.calls) == (200, "<!doctype html>page 1", [["a", "b"]])
     assert headers["Content-Type"].startswith("text/html") and int(headers["Refresh"]) > 0
-    assert ask(server, path="/?x=1", host=f"localhost:{server.server_port}")[2].endswith("page 1"), "nothing has changed"
+    for host in (f"localhost:{server.server_port}", "localhost", "127.0.0.1"):  # without a port where that is 80
+        assert ask(server, path="/?x=1", host=host)[2].endswith("page 1"), "nothing has changed"
     for name in ("a", "b"):
         with (root / name / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(dict(event="end", step=10, finished=True)) + "\n")
@@ -276,6 +291,18 @@ def test_the_report_is_served_and_made_anew_while_runs_go_on(served):
     assert body.endswith("page 2") and "Refresh" not in headers, "all are done"
     code, headers, body = ask(server, "HEAD")
     assert (code, body, headers["Content-Length"]) == (200, "", str(len("<!doctype html>page 2")))
+
+
+def test_a_run_that_dies_without_a_line_changes_the_page(served):
+    server, root, report = served
+    process = subprocess.Popen(["sleep", "1000"])
+    try:
+        (root / "a" / ".lock").write_text(lock_of(process.pid), encoding="utf-8")
+        assert ask(server)[2].endswith("page 1") and ask(server)[2].endswith("page 1")
+    finally:
+        process.kill()
+        process.wait()
+    assert ask(server)[2].endswith("page 2")
 
 
 def test_the_server_gives_nothing_else(served):
@@ -301,6 +328,27 @@ def test_a_page_that_cannot_be_made_is_said_and_tried_again(served, capfd):
     assert "error: plotly" in capfd.readouterr().err
     report.error = None
     assert ask(server)[0] == 200
+
+
+def test_a_closed_tab_says_nothing(tmp_path, capfd):
+    make_run(tmp_path / "a", GOING)
+    asked = threading.Event()
+
+    def make(folders: list[Path]) -> str:
+        assert asked.wait(20)
+        return "x" * 50_000_000  # more than waits in any socket
+
+    with Server(Page(Watched(tmp_path), make), 0) as server:
+        server.daemon_threads = False  # so that its end waits for them
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        with socket.create_connection(("127.0.0.1", server.server_port)) as tab:
+            tab.sendall(b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+        asked.set()  # the page comes when nobody is there any more
+        assert ask(server, "HEAD")[0] == 200
+        server.shutdown()
+        thread.join()
+    assert capfd.readouterr().err == ""
 
 
 def test_pages_are_not_made_more_often_than_allowed(tmp_path):

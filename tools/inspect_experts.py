@@ -11,6 +11,7 @@ model reads it; the loss beside it is that of predicting the next.
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -49,9 +50,7 @@ def main() -> None:
     source.add_argument("--text", help="the text")
     source.add_argument("--file", type=Path, help="a file with the text, in UTF-8")
     source.add_argument("--data", action="store_true", help="the beginning of the run's validation split")
-    parser.add_argument(
-        "--sequences", type=int, default=SEQUENCES, metavar="N", help=f"with --data: how much of it (default: {SEQUENCES})"
-    )
+    parser.add_argument("--sequences", type=int, metavar="N", help=f"with --data: how much of it (default: {SEQUENCES})")
     parser.add_argument("--disable", action="append", default=[], metavar="LAYER:EXPERT", help="see what changes without it")
     parser.add_argument("--layers", type=int, nargs="+", metavar="N", help="show only these, from 0 (default: all)")
     parser.add_argument("--rows", type=int, default=ROWS, metavar="N", help=f"tokens in tables (default: {ROWS})")
@@ -61,10 +60,10 @@ def main() -> None:
     arguments = parser.parse_args()
     sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        if arguments.sequences < 1 or arguments.rows < 1:
-            raise ValueError(f"--sequences {arguments.sequences} --rows {arguments.rows}: must be at least 1")
+        check_flags(arguments)
         text = arguments.text if arguments.file is None else read_text(arguments.file)
-        figures = inspect(arguments.checkpoint, text, arguments.sequences, arguments.disable, arguments.data_path)
+        count = arguments.sequences or SEQUENCES
+        figures = inspect(arguments.checkpoint, text, count, arguments.disable, arguments.data_path, arguments.layers)
         shown = select(figures, arguments.layers, arguments.rows)
         if arguments.json is not None:
             write(arguments.json, "--json", json.dumps(figures, indent=1) + "\n")
@@ -76,8 +75,27 @@ def main() -> None:
     show(shown, Console())
 
 
+def check_flags(arguments: argparse.Namespace) -> None:
+    """Raises ValueError for what can be refused before anything is computed."""
+    for flag in ("sequences", "rows"):
+        value = getattr(arguments, flag)
+        if value is not None and value < 1:
+            raise ValueError(f"--{flag} {value}: must be at least 1")
+    if arguments.sequences is not None and not arguments.data:
+        raise ValueError(f"--sequences {arguments.sequences}: is for --data; leave it out, or ask for --data")
+    for flag in ("json", "html"):
+        path = getattr(arguments, flag)
+        if path is not None and (path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK)):
+            raise ValueError(f"--{flag} {path}: cannot be written; name a file in a folder that can")
+
+
 def inspect(
-    path: Path, text: str | None, count: int = SEQUENCES, disable: list[str] | None = None, data_path: str | None = None
+    path: Path,
+    text: str | None,
+    count: int = SEQUENCES,
+    disable: list[str] | None = None,
+    data_path: str | None = None,
+    layers: list[int] | None = None,
 ) -> dict[str, Any]:
     """All figures.
 
@@ -87,10 +105,11 @@ def inspect(
         count: see `text`.
         disable: `LAYER:EXPERT`, each by itself.
         data_path: where the run's data lies now; its tokenizer comes from there.
+        layers: that somebody wants to see; all are described, and these must be there.
 
     Raises:
         ValueError: no checkpoint, a model without experts, experts larger than memory, other data than
-            the run's, an empty text, no such expert.
+            the run's, an empty text, no such expert or layer.
     """
     found = checkpoint_at(path)
     state, experiment = found.state, experiment_from_dict(found.state.experiment)
@@ -100,6 +119,9 @@ def inspect(
         )
     if experiment.model.some.permute_in_evaluation:
         raise ValueError(f"{found.folder}: control = permuted_experts serves tokens by other experts than they choose")
+    for layer in layers or []:
+        if not 0 <= layer < experiment.model.num_layers:
+            raise ValueError(f"--layers {layer}: the model has layers 0 to {experiment.model.num_layers - 1}")
     check_memory(experiment, state.precision, found.folder)
     if text is not None and not checked_text(text, "the text").strip():
         raise ValueError("the text is empty; give one with --text or --file, or --data")
@@ -169,16 +191,8 @@ def write(path: Path, flag: str, text: str) -> None:
 
 
 def select(figures: dict[str, Any], layers: list[int] | None, rows: int) -> dict[str, Any]:
-    """The part of the figures that is shown.
-
-    Raises:
-        ValueError: no such layer.
-    """
-    wanted, every = layers or [], range(len(figures["layers"]))
-    for layer in wanted:
-        if layer not in every:
-            raise ValueError(f"--layers {layer}: the model has layers 0 to {every[-1]}")
-    kept = [layer for layer in every if not wanted or layer in wanted]
+    """The part of the figures that is shown."""
+    kept = [layer for layer in range(len(figures["layers"])) if not layers or layer in layers]
     tokens = [
         token | {key: [token[key][layer] for layer in kept] for key in ("experts", "gates")}
         for token in figures["tokens"][:rows]

@@ -1,13 +1,14 @@
 """One page of any number of runs, to read offline and to keep, with its tables as files beside it.
 
     python tools/report.py runs/study runs/a4 -o report.html       # also results.csv and report.md in the same folder
-    python tools/report.py runs --baseline runs/study/attention_only --price 2.5 --watts 700
+    python tools/report.py runs --baseline study/attention_only --price 2.5 --watts 700
 
-A run is a folder with config.yaml or metrics.jsonl; other folders are searched for such. Only those two files and the
-checkpoints' key stores are read, so runs may be unfinished, running, crashed or damaged.
+A run is a folder with config.yaml or metrics.jsonl; other folders are searched for such. Those two files, failed.txt, the
+lock and the checkpoints' key stores are all that is read, so runs may be unfinished, running, crashed or damaged.
 """
 
 import argparse
+import math
 import os
 import sys
 from dataclasses import dataclass
@@ -18,11 +19,12 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
     sys.path[0] = str(REPOSITORY)
 
-from tools.reporting.compare import Variant, check_same_data, common_step, comparison, variants
+from tools.reporting.compare import Variant, common_step, comparison, sort_by_data, variants
 from tools.reporting.cost import cost_rows
 from tools.reporting.health import RULES, STATUSES
+from tools.reporting.keymaps import check_umap
 from tools.reporting.page import page, page_data
-from tools.reporting.table import COLUMNS, Entry, to_csv, to_markdown
+from tools.reporting.table import COLUMNS, Entry, plain_markdown, to_csv, to_markdown
 from tools.runs import EXIT_REFUSED, read_records, read_run, run_folders
 from trainer.storage import write_text_atomically
 from trainer.text import error_line, visible
@@ -44,13 +46,15 @@ class Settings:
     """Of a rank for an hour."""
     plotly: Path | None = None
     """A build of plotly.js; None = that of the `plotly` package."""
+    umap: bool = False
+    """Add maps of keys by UMAP."""
 
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     chosen = parse_arguments(arguments)
     try:
-        settings = Settings(chosen.baseline, chosen.mixed_data, chosen.watts, chosen.price, chosen.plotly)
+        settings = Settings(chosen.baseline, chosen.mixed_data, chosen.watts, chosen.price, chosen.plotly, chosen.umap)
         count = write_report(chosen.runs, chosen.output, settings)
     except ValueError as error:
         print(error_line(error), file=sys.stderr)
@@ -68,6 +72,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--watts", type=float, metavar="W", help="power of a rank, for the energy")
     parser.add_argument("--price", type=float, metavar="P", help="price of a rank for an hour")
     parser.add_argument("--plotly", type=Path, metavar="FILE", help="a build of plotly.js to embed, such as a smaller one")
+    parser.add_argument("--umap", action="store_true", help="add maps of keys by UMAP, which takes some seconds a layer")
     return parser.parse_args(arguments)
 
 
@@ -75,15 +80,17 @@ def write_report(folders: list[Path], output: Path, settings: Settings = Setting
     """Write the page to `output`, and its tables beside it; how many runs it has.
 
     Raises:
-        ValueError: no such folder, an unknown baseline, other validation data, no plotly, a file that cannot be written.
+        ValueError: no such folder, an unknown baseline, other validation data, no plotly or UMAP, a rate that is no rate, a
+            file that cannot be written.
     """
+    _check(output, settings)
     library = _plotly(settings.plotly)
     found = [run for folder in folders for run in find_runs(folder)]
     labels = _labels(found)
     entries = [Entry(_read(folder), label) for folder, label in labels.items()]
+    differing = sort_by_data(entries)
     named = variants(entries)
     baseline = _baseline(named, settings.baseline)
-    differing = check_same_data(entries)
     if differing and not settings.mixed_data:
         raise ValueError(
             f"the runs have different validation data ({'; '.join(differing)}), and their losses do not compare; choose "
@@ -92,15 +99,29 @@ def write_report(folders: list[Path], output: Path, settings: Settings = Setting
     entries.sort(key=lambda entry: (entry.values["best_val_loss"] is None, entry.values["best_val_loss"]))
     warnings = [f"Validation data differ, and losses on different data do not compare: {visible('; '.join(differing))}."]
     costs = cost_rows(entries, settings.watts, settings.price)
-    data = page_data(entries, named, baseline, costs, warnings if differing else [])
+    data = page_data(entries, named, baseline, costs, warnings if differing else [], settings.umap)
+    texts = {CSV: to_csv(entries), MARKDOWN: markdown(entries, named, baseline, data["warnings"])}
+    texts[output.name] = page(data, library)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        write_text_atomically(output.with_name(CSV), to_csv(entries))
-        write_text_atomically(output.with_name(MARKDOWN), markdown(entries, named, baseline, data["warnings"]))
-        write_text_atomically(output, page(data, library))
+        for name, text in texts.items():
+            write_text_atomically(output.with_name(name), text)
     except OSError as error:
         raise ValueError(f"--output {output}: cannot be written ({error.strerror}); choose another") from None
     return len(entries)
+
+
+def _check(output: Path, settings: Settings) -> None:
+    """Raises ValueError for what can be refused before anything is read."""
+    for flag, value in (("--watts", settings.watts), ("--price", settings.price)):
+        if value is not None and not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"{flag} {value}: must be a number of 0 or more")
+    if output.name in (CSV, MARKDOWN):
+        raise ValueError(f"--output {output}: is a table's place beside the page; choose another name")
+    if output.is_dir():
+        raise ValueError(f"--output {output}: is a folder; name a file in it, such as {output / 'report.html'}")
+    if settings.umap:
+        check_umap()
 
 
 def find_runs(folder: Path) -> list[Path]:
@@ -153,7 +174,11 @@ def markdown(entries: list[Entry], found: list[Variant], baseline: Variant, warn
     """The tables as Markdown: the runs as the page shows them, and the variants at the step that most runs share."""
     shown = [column for column in COLUMNS if column.is_shown]
     rows = [[entry.cells[column.key] for column in shown] for entry in entries]
-    parts = ["# Runs\n", *(f"**{warning}**\n" for warning in warnings), to_markdown([c.label for c in shown], rows)]
+    parts = [
+        "# Runs\n",
+        *(f"**{plain_markdown(warning)}**\n" for warning in warnings),
+        to_markdown([c.label for c in shown], rows),
+    ]
     step = common_step(entries)
     if step is not None:
         parts.append(f"\n## Validation loss at step {step:,}, nats per real token\n")
@@ -165,8 +190,9 @@ def markdown(entries: list[Entry], found: list[Variant], baseline: Variant, warn
             rows.append([row["name"], str(row["seeds"]), *figures, signed, _figure(row["half"])])
         parts.append(to_markdown(header, rows))
         parts.append("\nDifferences are means over pairs of equal seed and validation data, with Student's 95 % interval.")
-    odd = [f"- {visible(entry.label)}: {'; '.join(a.text for a in entry.anomalies)}" for entry in entries if entry.anomalies]
-    parts += ["\n## Anomalies\n", *(visible(line) for line in odd or ["None."]), f"\nCounted are: {RULES}."]
+    odd = {entry.label: "; ".join(anomaly.text for anomaly in entry.anomalies) for entry in entries if entry.anomalies}
+    lines = [f"- Run {plain_markdown(label)}: {plain_markdown(text)}" for label, text in odd.items()]
+    parts += ["\n## Anomalies\n", *(lines or ["None."]), f"\nCounted are: {RULES}."]
     parts += ["\n## Statuses\n", *(f"- {name}: {rule}" for name, rule in STATUSES.items())]
     return "\n".join(parts) + "\n"
 

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import psutil
-import yaml
 
 from trainer.config import Experiment, experiment_from_dict
 from trainer.exit_codes import REQUEUE
+from trainer.text import read_yaml, shown
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SCRIPT = REPOSITORY / "trainer" / "run.py"
@@ -32,6 +32,8 @@ MARKS = ("config.yaml", "metrics.jsonl")
 """By either of these a run's folder is known."""
 FAILED = "failed.txt"
 """In a run's folder: why it failed when it was last started; absent where it did not."""
+_COUNTS = ("world_size", "ep_size", "micro_batch", "accumulation")
+_TEXTS = ("git_commit", "device", "python", "torch", "deepspeed", "precision", "validation_sha256", "tokenizer_sha256")
 
 
 @dataclass
@@ -83,7 +85,7 @@ class Run:
     @property
     def seconds(self) -> float:
         """Time in the steps and evaluations that were recorded."""
-        return sum(record["seconds"] for record in [*self.of("train"), *self.evals])
+        return sum(record.get("seconds", 0) for record in [*self.of("train"), *self.evals])
 
     def is_done(self, max_steps: int | None) -> bool:
         """Whether it has come to its end, that of the schedule or `max_steps`, and written it."""
@@ -103,18 +105,21 @@ class Run:
 
 
 def read_run(folder: Path, seed: int = 0) -> Run:
-    """Read a run's folder, whatever state it is in."""
+    """Read a run's folder, whatever state it is in; where a file of it is damaged, `failure` says so and no experiment is
+    known. What is returned has the types that every reader relies on."""
     run = Run(seed, folder)
-    if (folder / FAILED).exists():
-        run.failure = (folder / FAILED).read_text(encoding="utf-8").strip()
     try:
-        values = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-        run.how = values.pop("run", {})
-        run.experiment = experiment_from_dict(values)
-        run.records, run.unreadable_lines = read_records(folder / "metrics.jsonl")
-    except FileNotFoundError:
-        return run
-    except (OSError, AttributeError, ValueError, yaml.YAMLError) as error:
+        if (folder / FAILED).exists():
+            run.failure = (folder / FAILED).read_text(encoding="utf-8", errors="replace").strip()
+        if not (folder / "config.yaml").exists():
+            return run
+        values = read_yaml(folder / "config.yaml", "config.yaml")
+        how = _checked_how(values.pop("run", {}))
+        experiment = experiment_from_dict(values)
+        if (folder / "metrics.jsonl").exists():
+            run.records, run.unreadable_lines = read_records(folder / "metrics.jsonl")
+        run.how, run.experiment = how, experiment
+    except (OSError, ValueError) as error:
         run.failure = f"cannot be read: {' '.join(str(error).split())}"
     return run
 
@@ -157,10 +162,60 @@ def _check_record(record: Any) -> None:
     """Raises:
     ValueError: not what the trainer writes, in what every reader relies on.
     """
-    if not isinstance(record, dict) or not isinstance(record.get("event"), str) or type(record.get("step")) is not int:
-        raise ValueError("no event or no step")
-    if record["event"] == "eval" and not (isinstance(record.get("layers"), list) and "val_loss" in record):
-        raise ValueError("an evaluation without a loss or layers")
+    if not isinstance(record, dict) or not isinstance(record.get("event"), str):
+        raise ValueError("no event")
+    event, step = record["event"], record.get("step")
+    if type(step) is not int or not 0 <= step < 2**53:
+        raise ValueError("no step")
+    if event == "train" and "loss" not in record or event == "end" and not isinstance(record.get("finished"), bool):
+        raise ValueError("a step without a loss, or an end that does not say whether it is one")
+    if event == "eval":
+        layers = record.get("layers")
+        if "val_loss" not in record or not isinstance(layers, list) or not all(isinstance(v, dict) for v in layers):
+            raise ValueError("an evaluation without a loss or layers")
+    if event == "start":
+        _check_types(record, "start")
+        if type(record.get("total_steps", 0)) is not int:
+            raise ValueError("a start without a length")
+    for key in ("loss", "val_loss"):  # null where not finite
+        if record.get(key) is not None:
+            _check_number(record[key])
+    for key in ("epoch", "seconds", "tokens", "tokens_per_second"):
+        _check_number(record.get(key, 0))
+
+
+def _check_number(value: Any) -> None:
+    # NaN and infinities are numbers here; a whole number of hundreds of digits is none that can be computed with.
+    if not isinstance(value, float) and number(value) is None:
+        raise ValueError(f"{shown(value)} is no number")
+
+
+def _checked_how(how: Any) -> dict[str, Any]:
+    """Section `run` of a config.yaml.
+
+    Raises:
+        ValueError: not what the trainer writes there.
+    """
+    if not isinstance(how, dict):
+        raise ValueError(f"run = {shown(how)} holds no keys and values")
+    _check_types(how, "run")
+    for key in ("data", "ds_config"):
+        if not isinstance(how.get(key, {}), dict):
+            raise ValueError(f"run.{key} = {shown(how[key])} holds no keys and values")
+    for split in ("train", "validation"):
+        held = how.get("data", {}).get(split, {})
+        if not isinstance(held, dict) or any(type(held.get(key, 0)) is not int for key in ("documents", "tokens", "bytes")):
+            raise ValueError(f"run.data.{split} = {shown(held)} does not count documents, tokens and bytes")
+    return how
+
+
+def _check_types(values: dict[str, Any], what: str) -> None:
+    for key in _COUNTS:
+        if type(values.get(key, 1)) is not int or not 0 < values.get(key, 1) < 2**53:
+            raise ValueError(f"{what}.{key} = {shown(values[key])} is not a number of 1 or more")
+    for key in _TEXTS:
+        if not isinstance(values.get(key), str | None):
+            raise ValueError(f"{what}.{key} = {shown(values[key])} is no text")
 
 
 def command(

@@ -40,12 +40,14 @@ class Page:
         """The page, and whether a run goes on, so that it will change. Raises what `make` does."""
         with self._lock:
             folders = self._watched.folders()
-            stamps = [(folder, stamp_of(folder)) for folder in folders]
+            snapshots = self._watched.snapshots()
+            # A run that dies writes nothing more; what has changed is where it stands.
+            stamps = [[(folder, stamp_of(folder)) for folder in folders], sorted((s.name, s.status) for s in snapshots)]
             if stamps != self._stamps and time.monotonic() >= self._made + self._least_seconds:
                 text = self._make(folders) if folders else EMPTY
                 self._content = text.encode("utf-8", "backslashreplace")
                 self._stamps, self._made = stamps, time.monotonic()
-            goes_on = any(snapshot.status == "running" for snapshot in self._watched.snapshots())
+            goes_on = any(snapshot.status == "running" for snapshot in snapshots)
             return self._content, goes_on or not folders or stamps != self._stamps
 
 
@@ -74,9 +76,16 @@ class Server(ThreadingHTTPServer):
 class _Handler(BaseHTTPRequestHandler):
     server: Server
 
+    def handle(self) -> None:
+        """All requests of a connection."""
+        try:
+            super().handle()
+        except ConnectionError:
+            pass  # the tab was closed, or the page asked for again before it was there
+
     def do_GET(self) -> None:
         # A page from elsewhere may point a name of its own at this address; browsers then send that name.
-        name = self.headers.get("Host", "").rpartition(":")[0]
+        name = self.headers.get("Host", "").partition(":")[0]
         if name not in (ADDRESS, "localhost"):
             self.send_error(HTTPStatus.FORBIDDEN, "only for this machine")
             return

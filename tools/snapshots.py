@@ -36,7 +36,8 @@ class Snapshot:
     tokens_per_second: float | None
     """Median of the last RECENT recorded steps."""
     seconds_left: float | None
-    """Of a run that is running, at the speed of its last RECENT recorded steps and its evaluations between them."""
+    """Of a run that is running: steps as of late (median of the last RECENT recorded), with the time that evaluations and
+    checkpoints took so far spread over all steps."""
     ranks: int | None
     """As it was last started."""
     ep_size: int | None
@@ -85,31 +86,26 @@ def stamp_of(folder: Path) -> list[tuple[int, int] | None]:
 
 def take(run: Run, name: str, now: float) -> Snapshot:
     """A run as it is `now`, in seconds since 1970."""
-    # What others may have written into the file is no reason to stop watching.
-    records = [record for record in run.records if number(record["step"]) is not None]
-    by_event = {event: [r for r in records if r.get("event") == event] for event in ("start", "train", "eval", "checkpoint")}
-    start = next(reversed(by_event["start"]), {})
-    last_eval, how = next(reversed(by_event["eval"]), {}), run.how if isinstance(run.how, dict) else {}
+    start, train, last_eval = run.start, run.of("train"), next(reversed(run.evals), {})
     status, why, silent = standing(run, now)
-    step, total = max((record["step"] for record in records), default=0), _number(start, "total_steps")
+    total = start.get("total_steps")
     model = None if run.experiment is None else run.experiment.model
     experts = model.some.num_experts if model is not None and model.channel_mixer == "some" else None
-    layers = last_eval.get("layers")
-    layers = [layer for layer in layers if isinstance(layer, dict)] if isinstance(layers, list) else []
+    layers = last_eval.get("layers", [])
     used = _numbers(layers, "experts_used")
-    rates = _numbers(by_event["train"][-RECENT:], "tokens_per_second")
+    rates = _numbers(train[-RECENT:], "tokens_per_second")
     return Snapshot(
         name=visible(name),
         status=status,
         why=visible(why),
-        step=int(step),
-        total_steps=None if total is None else int(total),
-        losses=[value if (value := _number(record, "loss")) is not None else math.nan for record in by_event["train"]],
-        val_loss=_number(last_eval, "val_loss"),
+        step=run.step,
+        total_steps=total,
+        losses=[value if (value := number(record["loss"])) is not None else math.nan for record in train],
+        val_loss=number(last_eval.get("val_loss")),
         tokens_per_second=statistics.median(rates) if rates else None,
-        seconds_left=_seconds_left(records, step, total) if status == "running" else None,
-        ranks=_number(start, "world_size") or _number(how, "world_size"),
-        ep_size=_number(start, "ep_size") or _number(how, "ep_size"),
+        seconds_left=_seconds_left(run, total) if status == "running" else None,
+        ranks=start.get("world_size", run.how.get("world_size")),
+        ep_size=start.get("ep_size", run.how.get("ep_size")),
         experts=experts,
         effective_experts=min(_numbers(layers, "effective_experts"), default=None),
         dead_experts=int(experts - min(used)) if used and experts is not None else None,
@@ -117,20 +113,18 @@ def take(run: Run, name: str, now: float) -> Snapshot:
     )
 
 
-def _seconds_left(records: list[dict[str, Any]], step: float, total: float | None) -> float | None:
-    """Steps left times what a step took of late, with the evaluations and checkpoints between."""
-    steps = [place for place, record in enumerate(records) if record.get("event") == "train"][-RECENT:]
-    times = _numbers([records[place] for place in steps], "seconds")
+def _seconds_left(run: Run, total: int | None) -> float | None:
+    """Steps left times what one takes, with its part of the evaluations and checkpoints."""
+    times = _numbers(run.of("train")[-RECENT:], "seconds")
     if total is None or not times:
         return None
-    recent = records[steps[0] :]
-    covered = max(1, records[steps[-1]]["step"] - records[steps[0]]["step"] + 1)
-    others = sum(_numbers([r for r in recent if r.get("event") in ("eval", "checkpoint")], "seconds"))
-    return max(0, total - step) * (statistics.fmean(times) + others / covered)
-
-
-def _number(record: dict[str, Any], key: str) -> float | None:
-    return None if number(record.get(key)) is None else record[key]
+    first = run.of("start")[0]["step"]
+    # The evaluation before the first step does not come again.
+    others = sum(_numbers([record for record in run.evals if record["step"] > first], "seconds"))
+    others += sum(
+        _numbers([{"seconds": r.get("blocked_seconds", r.get("seconds"))} for r in run.of("checkpoint")], "seconds")
+    )
+    return max(0, total - run.step) * (statistics.median(times) + others / max(1, run.step - first))
 
 
 def _numbers(records: list[dict[str, Any]], key: str) -> list[float]:

@@ -3,13 +3,24 @@
 const column = (key, label, digits, note = "") => ({ key, label, digits, note });
 const cell = (value, text) => [value, text];
 
-function lossAt(run, kind, budget) {
-  const { loss, [kind]: x } = run.curves.eval;
-  const near = x.map((_, i) => i).filter((i) => x[i] <= budget && x[i] >= (1 - report.tolerance) * budget);
-  return near.length ? loss[near.at(-1)] : null;
+// The place of the last evaluation up to a budget; -1 = none.
+function placeAt(run, kind, budget) {
+  const x = run.curves.eval[kind];
+  let [from, to] = [0, x.length];
+  while (from < to) {
+    const middle = (from + to) >> 1;
+    if (x[middle] <= budget) from = middle + 1;
+    else to = middle;
+  }
+  return from - 1;
 }
 
-const mean = (values) => values.reduce((sum, value) => sum + value, 0) / values.length;
+const isNear = (run, kind, budget, place) => place >= 0 && run.curves.eval[kind][place] >= (1 - report.tolerance) * budget;
+
+function lossAt(run, kind, budget) {
+  const place = placeAt(run, kind, budget);
+  return isNear(run, kind, budget, place) ? run.curves.eval.loss[place] : null;
+}
 
 // Mean and half the 95 % interval of Student's t, as tools/study.py has it: null with one pair.
 function interval(differences) {
@@ -80,7 +91,7 @@ function showComparison(runs) {
 
 function drawComparison(rows) {
   const reference = rows.find((row) => row.name === byId("baseline").value);
-  const label = (row, place) => `${place + 1}. ${shortText(row.name, window.innerWidth < 700 ? 16 : 34)}`;
+  const label = (row, place) => `${place + 1}. ${shortText(row.name, nameLength())}`;
   const names = rows.map(label);
   const colours = rows.map((row) => familyColour(report.runs.find((run) => run.cells.tag[0] === row.name)));
   byId("compare-chart").style.height = `${Math.max(200, 26 * rows.length + 80)}px`;
@@ -94,7 +105,7 @@ function drawComparison(rows) {
         type: "data", symmetric: false, color: colour("quiet"), thickness: 1.5,
         array: rows.map((row) => Math.max(...row.losses) - row.mean), arrayminus: rows.map((row) => row.mean - Math.min(...row.losses)),
       },
-      meta: rows.map((row) => plainText(row.name)), hovertemplate: "<b>%{meta}</b><br>%{x:.4f}<extra></extra>",
+      meta: rows.map((row) => plainText(row.name)), customdata: rows.map((row) => row.mean), hovertemplate: "<b>%{meta}</b><br>%{customdata}<extra></extra>",
     }],
     empty: "No variant was evaluated at this budget.",
     layout: {
@@ -112,41 +123,87 @@ const bestTable = new SortableTable(byId("best-table"), [
 ], { key: "best", descending: false });
 
 const speedTable = new SortableTable(byId("speed-table"), [
-  column("run", "Run", null), column("ranks", "Ranks", 0), column("rate", "Tokens/s", 0, "median over steps"), column("per_rank", "A rank", 0),
-  column("ratio", "Times the baseline", 2, "tokens/s over the median of the baseline's runs"), column("seconds", "Seconds", 0), column("device", "Device", null),
+  column("run", "Run", null), column("ranks", "Ranks", 0), column("rate", "Tokens/s", 0, "median over the steps up to the budget"), column("per_rank", "A rank", 0),
+  column("ratio", "Times the baseline", 2, "tokens/s over the median of the baseline's runs"), column("seconds", "Seconds", 0, "of steps and evaluations up to the budget"),
+  column("device", "Device", null),
 ], { key: "rate", descending: true });
 
+// The lowest loss up to a budget, where it was, and the last: {best, at, last, step}; null = none.
+function bestAndLast({ curves }, kind, budget) {
+  const { loss, step, [kind]: x } = curves.eval;
+  const held = loss.map((value, i) => ({ value, step: step[i] })).filter((_, i) => x[i] <= budget);
+  const best = held.filter(({ value }) => value !== null).reduce((least, one) => (least === null || one.value < least.value ? one : least), null);
+  const last = held.at(-1) ?? null;
+  return { best: best?.value ?? null, at: best?.step ?? null, last: last?.value ?? null, step: last?.step ?? null };
+}
+
+// Tokens/s and seconds up to a budget; null where a run was not evaluated there.
+function speedAt(run, kind, budget) {
+  const place = placeAt(run, kind, budget);
+  const { rate, seconds } = run.curves.eval;
+  return isNear(run, kind, budget, place) ? { rate: rate[place], seconds: seconds[place] } : { rate: null, seconds: null };
+}
+
 function showRunTables(runs) {
-  bestTable.show(runs.map(({ cells, curves }) => {
-    const [best, last] = [cells.best_val_loss, cells.final_val_loss];
-    const gap = best[0] === null || last[0] === null ? null : last[0] - best[0];
-    const step = curves.eval.step.at(-1) ?? null;
-    return { cells: { run: cells.run, best, at: cells.best_step, last, step: cell(step, figure(step, 0)), gap: cell(gap, signed(gap, 4)) } };
+  const [kind, budget] = [byId("budget-kind").value, Number(byId("budget").value)];
+  const found = runs.map((run) => ({ run, ...bestAndLast(run, kind, budget) }));
+  bestTable.show(found.map(({ run, best, at, last, step }) => {
+    const gap = best === null || last === null ? null : last - best;
+    return { cells: {
+      run: run.cells.run, best: cell(best, figure(best, 4)), at: cell(at, figure(at, 0)), last: cell(last, figure(last, 4)),
+      step: cell(step, figure(step, 0)), gap: cell(gap, signed(gap, 4)),
+    } };
   }));
-  const rates = report.runs.filter(isBaseline).map((run) => run.cells.tokens_per_second[0]).filter((rate) => rate !== null).sort((a, b) => a - b);
+  chart("best-chart", () => drawBest(found));
+  const rates = report.runs.filter(isBaseline).map((run) => speedAt(run, kind, budget).rate).filter((rate) => rate !== null).sort((a, b) => a - b);
   const reference = rates.length ? rates[Math.floor(rates.length / 2)] : null;
-  speedTable.show(runs.map(({ cells }) => {
-    const [rate, ranks] = [cells.tokens_per_second[0], cells.ranks[0]];
+  speedTable.show(runs.map((run) => {
+    const [{ rate, seconds }, ranks] = [speedAt(run, kind, budget), run.cells.ranks[0]];
     const each = rate === null || !ranks ? null : rate / ranks;
     const ratio = rate === null || !reference ? null : rate / reference;
     return { cells: {
-      run: cells.run, ranks: cells.ranks, rate: cells.tokens_per_second, per_rank: cell(each, figure(each, 0)), ratio: cell(ratio, figure(ratio, 2)),
-      seconds: cells.wall_seconds, device: cells.device,
+      run: run.cells.run, ranks: run.cells.ranks, rate: cell(rate, figure(rate, 0)), per_rank: cell(each, figure(each, 0)), ratio: cell(ratio, figure(ratio, 2)),
+      seconds: cell(seconds, figure(seconds, 0)), device: run.cells.device,
     } };
   }));
 }
 
-// The budgets at which runs were evaluated, how many each; the default is what most runs
-// that are done have, the largest of those.
+// A bar for each variant: the lowest loss of any of its runs.
+function drawBest(found) {
+  const rows = [...Map.groupBy(found.filter(({ best }) => best !== null), ({ run }) => run.cells.tag[0])]
+    .map(([name, members]) => ({ name, ...members.reduce((least, one) => (one.best < least.best ? one : least)) }))
+    .sort((a, b) => a.best - b.best);
+  const height = Math.max(160, 24 * rows.length + 80);
+  byId("best-chart").style.height = `${height}px`;
+  return {
+    traces: rows.length === 0 ? [] : [{
+      type: "bar", orientation: "h", x: rows.map(({ best }) => best), y: rows.map((_, i) => i), marker: { color: rows.map(({ run }) => familyColour(run)) },
+      text: rows.map(({ best }) => figure(best, 4)), textposition: "auto", meta: rows.map(({ name, run, at }) => `<b>${plainText(name)}</b><br>${plainText(run.cells.run[0])}, step ${at}`),
+      customdata: rows.map(({ best }) => best), hovertemplate: "%{meta}<br>%{customdata}<extra></extra>",
+    }],
+    empty: "No run was evaluated up to this budget.",
+    layout: {
+      height,
+      xaxis: { title: { text: "nats per real token" }, rangemode: "tozero" },
+      yaxis: { autorange: "reversed", tickvals: rows.map((_, i) => i), ticktext: rows.map(({ name }) => shortText(name, nameLength())) },
+    },
+  };
+}
+
+const chosenBudget = {};
+
+// The budgets at which runs were evaluated, how many each. What a reader has chosen stays, whatever is filtered; else it is
+// what most runs that are done have, the largest of those.
 function fillBudgets(runs) {
   const kind = byId("budget-kind").value;
   const held = [...new Set(runs.flatMap((run) => run.curves.eval[kind]))].filter((x) => x > 0).sort((a, b) => a - b);
   const stride = Math.ceil(held.length / 200);
-  const all = held.filter((_, i) => (held.length - 1 - i) % stride === 0);
-  const count = (chosen) => all.map((x) => chosen.filter((run) => lossAt(run, kind, x) !== null).length);
-  const counts = count(runs);
+  const chosen = chosenBudget[kind];
+  const all = [...new Set([...held.filter((_, i) => (held.length - 1 - i) % stride === 0), ...(chosen === undefined ? [] : [chosen])])].sort((a, b) => a - b);
+  const count = (some) => all.map((x) => some.filter((run) => lossAt(run, kind, x) !== null).length);
+  const counted = count(runs);
   const done = runs.filter(({ cells }) => cells.status[0] === "done");
-  const decisive = done.length ? count(done) : counts;
+  const decisive = done.length ? count(done) : counted;
   const most = decisive.lastIndexOf(Math.max(...decisive));
-  fillSelect(byId("budget"), all.map((x, i) => [x, `${figure(x, 0)} (${counts[i]} run${counts[i] === 1 ? "" : "s"})`]), all[most]);
+  fillSelect(byId("budget"), all.map((x, i) => [x, `${figure(x, 0)} (${counted[i]} run${counted[i] === 1 ? "" : "s"})`]), chosen ?? all[most]);
 }

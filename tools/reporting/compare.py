@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import dataclass
+from itertools import chain, count
 from statistics import fmean
 from typing import Any
 
@@ -13,6 +14,10 @@ from trainer.checkpoint import differing_keys
 
 TOLERANCE = 0.05
 """An evaluation counts for a budget that it misses by no more than this part of it."""
+UNITS = ("documents", "tokens", "bytes")
+"""In which a run counts its validation split."""
+HASHES = {"validation": "validation_sha256", "tokenizer": "tokenizer_sha256"}
+"""What a run's config.yaml tells its data by."""
 
 
 @dataclass
@@ -34,7 +39,8 @@ def variants(entries: list[Entry]) -> list[Variant]:
     for variant in found.values():
         first = variant.entries[0].label
         short = re.sub(r"[/_.-]*seed[_=-]?\d+$", "", first) or first
-        variant.name = short if short not in taken else first
+        names = chain((short, first), (f"{first} ({number})" for number in count(2)))
+        variant.name = next(name for name in names if name not in taken)
         taken.add(variant.name)
         for entry in variant.entries:
             entry.tag = entry.values["tag"] = variant.name
@@ -42,38 +48,66 @@ def variants(entries: list[Entry]) -> list[Variant]:
 
 
 def _settings_key(entry: Entry) -> str:
-    """Equal for two runs when they differ in nothing that changes a curve but the seed."""
+    """Equal for runs that differ in nothing that changes a curve but the seed, and that were measured on the same data."""
     run = entry.run
     if run.experiment is None:
         return entry.label
     settings = {key: ours for key, (_, ours) in differing_keys({}, run.experiment.to_dict()).items() if key != "seed"}
-    return json.dumps([settings, run.start.get("precision")], sort_keys=True)
+    return json.dumps([settings, run.start.get("precision"), entry.data], sort_keys=True)
 
 
-def validation_data(run: Run) -> list[Any] | None:
-    """What tells the data apart on which a run was measured; None where it says nothing of it."""
-    held = (run.how.get("data") or {}).get("validation") if isinstance(run.how, dict) else None
-    return [held.get(key) for key in ("documents", "tokens", "bytes")] if isinstance(held, dict) else None
+def sort_by_data(entries: list[Entry]) -> list[str]:
+    """Number the sets of runs whose validation data are the same, in `entry.data`; a line for each set that has losses where
+    several have, else none.
 
-
-def check_same_data(entries: list[Entry]) -> list[str]:
-    """One line for each set of runs of a seed whose validation data are the same, where one seed has several; else none.
-
-    Runs of other seeds may have other data: where the source is split at random, the seed does it.
+    The data of two runs are the same where their hashes are; where a run has none, where their counts and, with other
+    seeds, their sources are. The built-in stories are others for every seed: there, runs of other seeds belong together
+    where all settings that make the data are the same, and losses are compared seed by seed.
     """
-    sets: dict[str, list[Entry]] = {}
+    sets: list[list[Entry]] = []
     for entry in entries:
-        held = validation_data(entry.run)
-        if held is not None and entry.run.evals and entry.run.experiment is not None:
-            sets.setdefault(json.dumps([entry.run.experiment.seed, held]), []).append(entry)
-    seeds = [json.loads(key)[0] for key in sets]
-    return [_describe(members, *json.loads(key)) for key, members in sets.items() if seeds.count(json.loads(key)[0]) > 1]
+        if entry.run.experiment is None or _counts(entry.run) is None:
+            continue
+        matching = (place for place, members in enumerate(sets) if all(_is_same(m.run, entry.run) for m in members))
+        entry.data = next(matching, len(sets))
+        sets += [[]] if entry.data == len(sets) else []
+        sets[entry.data].append(entry)
+    measured = [[entry for entry in members if entry.run.evals] for members in sets]
+    measured = [members for members in measured if members]
+    return [_describe(members) for members in measured] if len(measured) > 1 else []
 
 
-def _describe(members: list[Entry], seed: int, held: list[Any]) -> str:
-    others = f" and {len(members) - 1} more" if len(members) > 1 else ""
-    sizes = ", ".join(f"{value} {unit}" for value, unit in zip(held, ("documents", "tokens", "bytes"), strict=True))
-    return f"{members[0].label}{others} of seed {seed}: {sizes}"
+def _counts(run: Run) -> list[Any] | None:
+    """Of the validation split; None where the run says nothing of it."""
+    held = run.how.get("data", {}).get("validation")
+    return None if held is None else [held.get(unit) for unit in UNITS]
+
+
+def _is_same(one: Run, other: Run) -> bool:
+    data, is_one_seed = [run.experiment.data for run in (one, other)], one.experiment.seed == other.experiment.seed
+    if not is_one_seed and {of.name for of in data} == {"stories"}:
+        return _making(one) == _making(other)
+    hashes = [run.how.get("validation_sha256") for run in (one, other)]
+    if None not in hashes:
+        return hashes[0] == hashes[1]
+    return _counts(one) == _counts(other) and (is_one_seed or len({(of.name, of.path) for of in data}) == 1)
+
+
+def _making(run: Run) -> dict[str, Any]:
+    """The settings that make the data of a seed."""
+    kept = {key: value for key, value in vars(run.experiment.data).items() if key not in ("cache_dir", "allow_fewer")}
+    return kept | {"vocab_size": run.experiment.model.vocab_size}
+
+
+def _describe(members: list[Entry]) -> str:
+    run, others = members[0].run, f" and {len(members) - 1} more" if len(members) > 1 else ""
+    seeds = sorted({entry.run.experiment.seed for entry in members})
+    sizes = [f"{value} {unit}" for value, unit in zip(_counts(run), UNITS, strict=True)]
+    hashes = [f"{name} {run.how[key][:12]}" for name, key in HASHES.items() if run.how.get(key)]
+    data = run.experiment.data
+    source = data.name if data.path is None else f"{data.name} {data.path}"
+    many = "s" if len(seeds) > 1 else ""
+    return f"{members[0].label}{others} of seed{many} {', '.join(map(str, seeds))}: {', '.join([source, *sizes, *hashes])}"
 
 
 def loss_at(run: Run, step: int) -> float | None:
@@ -115,11 +149,11 @@ def comparison(found: list[Variant], baseline: Variant, step: int) -> list[dict[
     return sorted(rows, key=lambda row: (row["mean"] is None, row["mean"]))
 
 
-def _losses(variant: Variant, step: int) -> dict[int, tuple[float, list[Any] | None]]:
-    """Seed to loss and validation data; of several runs of a seed the first counts."""
-    found: dict[int, tuple[float, list[Any] | None]] = {}
+def _losses(variant: Variant, step: int) -> dict[int, tuple[float, int | None]]:
+    """Seed to loss and `Entry.data`; of several runs of a seed the first counts."""
+    found: dict[int, tuple[float, int | None]] = {}
     for entry in variant.entries:
         loss = loss_at(entry.run, step)
         if loss is not None and entry.run.experiment is not None:
-            found.setdefault(entry.run.experiment.seed, (loss, validation_data(entry.run)))
+            found.setdefault(entry.run.experiment.seed, (loss, entry.data))
     return found

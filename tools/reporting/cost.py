@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from tools.reporting.curves import column
+from tools.reporting.curves import column, step_seconds
 from tools.reporting.table import Column, Entry, text
 from tools.runs import Run
 from trainer.distributed import Layout
@@ -16,7 +16,7 @@ COLUMNS = (
     Column("mflop_per_token", "MFLOP/token", 1, note="forward and backward, counted from the sizes, at full rows"),
     Column("tflop", "TFLOP", 1, note="the two multiplied"),
     Column("rank_tokens_per_second", "Tokens/s a rank", 0, note="median over steps"),
-    Column("step_seconds", "Steps, s", 1),
+    Column("step_seconds", "Steps, s", 1, note="a step that was not recorded counts as the next one that was"),
     Column("eval_seconds", "Evaluations, s", 1),
     Column("checkpoint_seconds", "Checkpoints, s", 1, note="that training waited for"),
     Column("load_seconds", "Resuming, s", 1, note="verifying and loading checkpoints"),
@@ -53,7 +53,7 @@ def cost_rows(entries: list[Entry], watts: float | None, price: float | None) ->
 
 def _time(run: Run, rate: float | None) -> dict[str, float | None]:
     parts = {
-        "step_seconds": _sum(run.of("train"), "seconds"),
+        "step_seconds": float(np.nansum(step_seconds(run))),
         "eval_seconds": _sum(run.evals, "seconds"),
         "checkpoint_seconds": _sum(
             [{"held_up": r.get("blocked_seconds", r.get("seconds"))} for r in run.of("checkpoint")], "held_up"

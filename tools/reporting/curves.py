@@ -23,30 +23,55 @@ def column(records: list[dict[str, Any]], key: str) -> np.ndarray:
     return np.where(np.isfinite(values_N), values_N, np.nan)
 
 
+def step_seconds(run: Run) -> np.ndarray:
+    """(N,) float64 of every training record, the seconds of the steps since the one before, which `log.every` may have left
+    out: as many as its own step took, each. NaN where that is not known."""
+    train = run.of("train")
+    steps_N = column(train, "step")
+    covered_N = np.maximum(np.diff(steps_N, prepend=next((record["step"] for record in run.of("start")), 0)), 0)
+    return column(train, "seconds") * covered_N
+
+
 def clock(run: Run) -> dict[str, np.ndarray]:
     """Of every record of a step or an evaluation, in order: `step`, real `tokens` so far and `seconds` of work so far."""
     records = run.of("train") + run.evals
-    records.sort(key=lambda record: record["step"])
-    tokens = np.fmax.accumulate(column(records, "tokens")) if records else np.zeros(0)
-    seconds = np.cumsum(np.nan_to_num(column(records, "seconds"))) if records else np.zeros(0)
-    return {"step": column(records, "step"), "tokens": np.nan_to_num(tokens), "seconds": seconds}
+    steps = column(records, "step")
+    order = np.argsort(steps, kind="stable")
+    tokens = np.fmax.accumulate(column(records, "tokens")[order]) if records else np.zeros(0)
+    seconds = np.concatenate([step_seconds(run), column(run.evals, "seconds")])[order]
+    return {"step": steps[order], "tokens": np.nan_to_num(tokens), "seconds": np.cumsum(np.nan_to_num(seconds))}
 
 
 def curves(run: Run) -> dict[str, Any]:
-    """`train` (the points kept), `means` (of stretches, what smoothing starts from; None where all are kept) and `eval`:
-    lists of step, tokens, seconds and loss (None = not finite); and `records`, how many training records there are."""
-    times, train = clock(run), run.of("train")
-    losses_N, steps_N = column(train, "loss"), column(train, "step")
+    """`train` (the points kept), `is_thinned` (whether those are not all), `means` (of up to BUCKETS equal stretches of the
+    schedule, so that those of several seeds are the same; None where it is short) and `eval`: lists of step, tokens, seconds
+    and loss (None = not finite); `eval` also has `rate`, the median of tokens/s over the steps so far."""
+    times, train, evals = clock(run), run.of("train"), column(run.evals, "step")
+    losses_N, steps_N, rates_N = (column(train, key) for key in ("loss", "step", "tokens_per_second"))
     kept_P = extremes(losses_N)
-    stretches = [part for part in np.array_split(np.arange(len(train)), min(BUCKETS, max(len(train), 1))) if len(part)]
-    means = [np.nanmean(losses_N[part]) if np.isfinite(losses_N[part]).any() else np.nan for part in stretches]
-    middles = np.array([steps_N[part].mean() for part in stretches])
+    rates = [_median(rates_N[: np.searchsorted(steps_N, step, side="right")]) for step in evals]
     return {
-        "records": len(train),
         "train": _points(times, steps_N[kept_P], losses_N[kept_P]),
-        "means": _points(times, middles, np.array(means)) if len(train) > 2 * BUCKETS else None,
-        "eval": _points(times, column(run.evals, "step"), column(run.evals, "val_loss")),
+        "is_thinned": len(kept_P) < len(train),
+        "means": _means(times, steps_N, losses_N, max(run.start.get("total_steps", 0), run.step)),
+        "eval": _points(times, evals, column(run.evals, "val_loss"), digits=17) | {"rate": plain(np.array(rates))},
     }
+
+
+def _means(times: dict[str, np.ndarray], steps_N: np.ndarray, losses_N: np.ndarray, total: int) -> dict[str, Any] | None:
+    if total <= 2 * BUCKETS:
+        return None
+    width = math.ceil(total / BUCKETS)
+    stretches_N = (steps_N - 1) // width
+    stretches_P, first_P = np.unique(stretches_N, return_index=True)
+    # A value that is not finite makes its stretch's mean so, too: gaps stay gaps.
+    means_P = [part.mean() for part in np.split(losses_N, first_P[1:])] if len(losses_N) else []
+    return _points(times, stretches_P * width + (width + 1) / 2, np.array(means_P))
+
+
+def _median(values_N: np.ndarray) -> float:
+    finite = values_N[np.isfinite(values_N)]
+    return float(np.median(finite)) if len(finite) else math.nan
 
 
 def extremes(values_N: np.ndarray) -> np.ndarray:
@@ -76,12 +101,14 @@ def plain(values_N: np.ndarray, digits: int = 6) -> list[float | None]:
     return [None if not math.isfinite(value) else float(f"{value:.{digits}g}") for value in values_N.tolist()]
 
 
-def _points(times: dict[str, np.ndarray], steps_P: np.ndarray, losses_P: np.ndarray) -> dict[str, list[float | None]]:
+def _points(
+    times: dict[str, np.ndarray], steps_P: np.ndarray, losses_P: np.ndarray, digits: int = 8
+) -> dict[str, list[float | None]]:
     last = np.searchsorted(times["step"], steps_P, side="right") - 1
     steps = plain(steps_P, 10)
     return {
         "step": steps,
         "tokens": plain(times["tokens"][last], 12) if len(last) else [],
         "seconds": plain(times["seconds"][last], 7) if len(last) else [],
-        "loss": plain(losses_P, 8),
+        "loss": plain(losses_P, digits),
     }

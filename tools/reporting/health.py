@@ -13,7 +13,8 @@ from tools.reporting.curves import column
 from tools.runs import Run, number
 from tools.standing import standing
 
-WINDOW = 51
+WINDOW, FEWEST = 51, 10
+"""Recorded steps from whose median a spike is told: at most, and at least."""
 STATUSES = {
     "done": "the whole schedule was run and measured",
     "running": "no end yet, and neither gone nor silent for longer than the trainer bears",
@@ -24,10 +25,10 @@ STATUSES = {
 }
 """Each status and its rule."""
 RULES = (
-    "loss or gradients not finite; steps skipped; training loss more than 1 nat above the median of the 51 steps around it; "
-    "gradient norm over 10 times that median; at the last evaluation more than 10 % of a layer's experts unused, or fewer "
-    "effective experts than 1.5 top_k, or over twice the mean load at one rank; going back to a checkpoint; failures; lines "
-    "that are no records"
+    f"loss or gradients not finite; steps skipped; training loss more than 1 nat above the median of the {WINDOW} recorded "
+    f"steps before it (of those that there are, if {FEWEST} or more); gradient norm over 10 times theirs; at the last "
+    "evaluation more than 10 % of a layer's experts unused, or fewer effective experts than 1.5 top_k, or over twice the "
+    "mean load at one rank; going back to a checkpoint; failures; lines that are no records"
 )
 """What counts as an anomaly, for readers."""
 
@@ -80,8 +81,8 @@ def anomalies(run: Run) -> list[Anomaly]:
     steps_N, losses_N, norms_N = (column(train, key) for key in ("step", "loss", "grad_norm"))
     found += _stretches("not finite: loss", steps_N, ~np.isfinite(losses_N))
     found += _stretches("not finite: gradients", steps_N, ~np.isfinite(norms_N) & np.isfinite(losses_N))
-    found += _stretches("loss spike", steps_N, losses_N > _running_median(losses_N) + 1, losses_N)
-    found += _stretches("gradient spike", steps_N, norms_N > 10 * _running_median(norms_N), norms_N)
+    found += _stretches("loss spike", steps_N, losses_N > _median_before(losses_N) + 1, losses_N)
+    found += _stretches("gradient spike", steps_N, norms_N > 10 * _median_before(norms_N), norms_N)
     skipped = max((number(record.get("skipped")) or 0 for record in train), default=0)
     if skipped:
         found.append(Anomaly("skipped steps", "", f"{skipped:.0f}"))
@@ -105,16 +106,16 @@ def _routing(run: Run, last: dict[str, Any]) -> list[Anomaly]:
     return found
 
 
-def _running_median(values_N: np.ndarray) -> np.ndarray:
-    """(N,) the median of those of the WINDOW values around each that are finite; NaN where there are fewer than 5."""
+def _median_before(values_N: np.ndarray) -> np.ndarray:
+    """(N,) the median of those of the WINDOW values before each that are finite; NaN where there are fewer than FEWEST."""
     if not len(values_N):
         return np.zeros(0)
     finite_N = np.where(np.isfinite(values_N), values_N, np.nan)
-    padded = np.pad(finite_N, WINDOW // 2, constant_values=np.nan)
+    padded = np.pad(finite_N, (WINDOW, 0), constant_values=np.nan)[:-1]
     sorted_NW = np.sort(np.lib.stride_tricks.sliding_window_view(padded, WINDOW), axis=1)  # NaN come last
     counts_N, rows_N = np.isfinite(sorted_NW).sum(1), np.arange(len(values_N))
     medians_N = (sorted_NW[rows_N, np.maximum(counts_N - 1, 0) // 2] + sorted_NW[rows_N, counts_N // 2]) / 2
-    return np.where(counts_N >= 5, medians_N, np.nan)
+    return np.where(counts_N >= FEWEST, medians_N, np.nan)
 
 
 def _stretches(kind: str, steps_N: np.ndarray, is_bad_N: np.ndarray, values_N: np.ndarray | None = None) -> list[Anomaly]:

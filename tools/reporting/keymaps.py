@@ -3,7 +3,6 @@
 Shapes: S checkpoints, E experts, D width.
 """
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,18 @@ from trainer.checkpoint import KEYS, checkpoint_folders
 
 MOST_CHECKPOINTS = 12
 NEIGHBOURS = 3
-HAS_UMAP = importlib.util.find_spec("umap") is not None
 
 
-def key_maps(folder: Path) -> dict[str, Any] | None:
-    """The maps of a run; None where it has no key store.
+def check_umap() -> None:
+    """Raises ValueError where UMAP cannot be had."""
+    try:
+        import umap  # noqa: F401
+    except ImportError:
+        raise ValueError("--umap needs the package umap-learn; pip install umap-learn, or pip install '.[umap]'") from None
+
+
+def key_maps(folder: Path, with_umap: bool = False) -> dict[str, Any] | None:
+    """The maps of a run by PCA, and by UMAP on request, which takes seconds a layer; None where it has no key store.
 
     Returns:
         `steps` (S), and a layer each `usage` (S x E), `near` (S x E x 3, the experts of the most similar keys), and
@@ -36,7 +42,7 @@ def key_maps(folder: Path) -> dict[str, Any] | None:
             {
                 "usage": [plain(keys[layer][1], 4) for _, keys in stores],
                 "near": [_nearest(keys_ED).tolist() for keys_ED in keys_SED],
-                "projections": _projections(keys_SED),
+                "projections": _projections(keys_SED, with_umap),
             }
         )
     return {"steps": [step for step, _ in stores], "layers": layers}
@@ -67,7 +73,7 @@ def _nearest(keys_ED: np.ndarray) -> np.ndarray:
     return np.argsort(-cosine_EE, axis=1, kind="stable")[:, : min(NEIGHBOURS, len(keys_ED) - 1)]
 
 
-def _projections(keys_SED: np.ndarray) -> dict[str, Any]:
+def _projections(keys_SED: np.ndarray, with_umap: bool) -> dict[str, Any]:
     S, E, D = keys_SED.shape
     # The axes of the last step: where the run has come to; earlier steps are seen from there.
     middle_D = keys_SED[-1].mean(0)
@@ -78,7 +84,7 @@ def _projections(keys_SED: np.ndarray) -> dict[str, Any]:
         plane_SE2 = np.concatenate([plane_SE2, np.zeros((S, E, 1))], axis=-1)
     shares = (sizes**2 / max((sizes**2).sum(), 1e-30))[:2]
     projections = {"PCA": {**_coordinates(plane_SE2), "explained": plain(shares, 3)}}
-    if HAS_UMAP and E > 4:
+    if with_umap and E > 4:
         import umap
 
         flat = umap.UMAP(random_state=0, n_neighbors=min(15, E - 1), metric="cosine", n_jobs=1)

@@ -34,13 +34,17 @@ function showAll() {
   showRuns(runs);
   showCurves();
   fillBudgets(runs);
-  showComparison(runs);
-  showRunTables(runs);
+  showAtBudget(runs);
   fillRuns("routing-run", runs, (run) => run.routing !== null);
   routingRunChanged();
   fillRuns("map-run", runs, (run) => run.maps !== null);
   mapRunChanged();
   showCost(runs);
+}
+
+function showAtBudget(runs) {
+  showComparison(runs);
+  showRunTables(runs);
 }
 
 const showCurves = () => chart("curve-chart", () => drawCurves(filtered()));
@@ -68,6 +72,35 @@ function fillNotes() {
   );
 }
 
+/* A served page loads itself anew while runs go on: what a reader has done to it stays. */
+function keepOverReloads() {
+  const touched = new Set();
+  document.addEventListener("input", ({ target }) => touched.add(target.id));
+  const valueOf = (input) => (input.type === "checkbox" ? input.checked : input.value);
+  const kept = JSON.parse(sessionStorage.getItem("kept") ?? "null");
+  for (const [id, value] of kept?.inputs ?? []) {
+    const input = byId(id);
+    const isThere = input !== null && (input.tagName !== "SELECT" || [...input.options].some((option) => option.value === value));
+    if (!isThere) continue;
+    input[input.type === "checkbox" ? "checked" : "value"] = value;
+    input.dispatchEvent(new Event("input", { bubbles: true }));
+  }
+  for (const [id, sort] of kept?.sorts ?? []) {
+    const table = SortableTable.all.get(id);
+    if (table?.columns.some(({ key }) => key === sort.key)) Object.assign(table, { sort }).draw();
+  }
+  for (const [id, groups] of kept?.hidden ?? []) groups.forEach((group) => drawings.get(id)?.hidden.add(group));
+  addEventListener("pagehide", () => {
+    // In the order of the page: what stands first decides what others offer.
+    // A slider at the last step stays at the last.
+    const isKept = ({ id, value, max }) => touched.has(id) && !(id.endsWith("-step") && value === max);
+    const inputs = [...document.querySelectorAll("input, select")].filter(isKept).map((input) => [input.id, valueOf(input)]);
+    const sorts = [...SortableTable.all].map(([id, { sort }]) => [id, sort]);
+    const hidden = [...drawings].map(([id, drawing]) => [id, [...drawing.hidden]]);
+    sessionStorage.setItem("kept", JSON.stringify({ inputs, sorts, hidden }));
+  });
+}
+
 function onInput(ids, react) {
   for (const id of ids) byId(id).addEventListener("input", react);
 }
@@ -81,7 +114,7 @@ function start() {
   if (report.variants.length === report.runs.length) byId("curve-seeds").value = "each";
   if (families.length === 1) byId("curve-colour").value = "variant";
   byId("columns").append(...report.columns.slice(1).map(({ key, label, note }) => {
-    const box = make("input", { type: "checkbox", checked: shownColumns.has(key), name: key });
+    const box = make("input", { type: "checkbox", checked: shownColumns.has(key), name: key, id: `column-${key}` });
     box.addEventListener("input", () => {
       shownColumns[box.checked ? "add" : "delete"](key);
       showRuns(filtered());
@@ -90,9 +123,9 @@ function start() {
   }));
   onInput(["filter", "family", "status"], showAll);
   onInput(["split", "measure", "x", "seeds", "colour", "log", "smoothing"].map((name) => `curve-${name}`), showCurves);
-  onInput(["budget-kind"], () => { fillBudgets(filtered()); showComparison(filtered()); });
-  onInput(["budget"], () => showComparison(filtered()));
-  onInput(["baseline"], () => { showRuns(filtered()); showCurves(); showComparison(filtered()); showRunTables(filtered()); });
+  onInput(["budget-kind"], () => { fillBudgets(filtered()); showAtBudget(filtered()); });
+  onInput(["budget"], () => { chosenBudget[byId("budget-kind").value] = Number(byId("budget").value); showAtBudget(filtered()); });
+  onInput(["baseline"], () => { showRuns(filtered()); showCurves(); showAtBudget(filtered()); });
   onInput(["routing-run"], routingRunChanged);
   onInput(["routing-measure", "usage-layer", "usage-step", "usage-log"], showRouting);
   onInput(["map-run"], mapRunChanged);
@@ -102,6 +135,7 @@ function start() {
   showAll();
   document.documentElement.dataset.ready = "true";
   requestAnimationFrame(() => setTimeout(loadPlotly));
+  if (location.protocol.startsWith("http")) keepOverReloads();
 }
 
 start();

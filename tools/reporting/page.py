@@ -5,11 +5,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from tools.reporting.compare import TOLERANCE, Variant, validation_data
+from tools.reporting.compare import TOLERANCE, Variant
 from tools.reporting.cost import COLUMNS as COST_COLUMNS
 from tools.reporting.curves import BUCKETS, curves
 from tools.reporting.health import RULES, STATUSES
-from tools.reporting.keymaps import HAS_UMAP, MOST_CHECKPOINTS, key_maps
+from tools.reporting.keymaps import key_maps
 from tools.reporting.routing import MEASURES, MOST_COUNTS, routing
 from tools.reporting.table import COLUMNS, Entry
 from tools.study import T_95
@@ -21,9 +21,14 @@ SCRIPTS = ("tables.js", "charts.js", "curves.js", "compare.js", "routing.js", "p
 
 
 def page_data(
-    entries: list[Entry], variants: list[Variant], baseline: Variant, costs: list[dict[str, Any]], warnings: list[str]
+    entries: list[Entry],
+    variants: list[Variant],
+    baseline: Variant,
+    costs: list[dict[str, Any]],
+    warnings: list[str],
+    with_umap: bool = False,
 ) -> dict[str, Any]:
-    """All that the page shows.
+    """All that the page shows; `with_umap`: also maps of keys by UMAP.
 
     Expert by expert (usage, maps of keys) it shows the best run of each variant, so that pages of many runs stay small.
     """
@@ -35,11 +40,11 @@ def page_data(
             {
                 "cells": {c.key: [_json_value(entry.values[c.key]), shown] for c, shown in zip_cells(entry)},
                 "anomalies": [visible(anomaly.text) for anomaly in entry.anomalies],
-                "data": json.dumps(validation_data(entry.run)),
+                "data": entry.data,
                 "batches_per_epoch": _steps_per_epoch(entry),
                 "curves": curves(entry.run),
                 "routing": routing(entry.run, shows_experts),
-                "maps": key_maps(entry.run.folder) if shows_experts else None,
+                "maps": key_maps(entry.run.folder, with_umap) if shows_experts else None,
             }
         )
     return {
@@ -59,8 +64,7 @@ def page_data(
             "anomalies": RULES,
             "buckets": BUCKETS,
             "counts": MOST_COUNTS,
-            "checkpoints": MOST_CHECKPOINTS,
-            "has_umap": HAS_UMAP,
+            "has_umap": with_umap,
         },
     }
 

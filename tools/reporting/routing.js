@@ -1,6 +1,6 @@
 // How one run routes: measures over layers and steps, usage of every expert, pairs, maps of the keys, and what runs cost.
 
-const runOf = (id) => report.runs[Number(byId(id).value)];
+const runOf = (id) => report.runs.find((run) => run.cells.run[0] === byId(id).value);
 const layerNames = (count) => Array.from({ length: count }, (_, layer) => `layer ${layer}`);
 
 // The usage of every expert: of validation tokens where the run recorded it, else the average in its checkpoints.
@@ -13,13 +13,7 @@ function usageOf(run) {
   return null;
 }
 
-function fillRuns(id, runs, fits) {
-  const select = byId(id);
-  const before = select.value;
-  const options = runs.filter(fits).map((run) => [String(report.runs.indexOf(run)), run.cells.run[0]]);
-  fillSelect(select, options);
-  if (options.some(([value]) => value === before)) select.value = before;
-}
+const fillRuns = (id, runs, fits) => keepChoice(byId(id), runs.filter(fits).map((run) => [run.cells.run[0], run.cells.run[0]]));
 
 function keepChoice(select, options) {
   const before = select.value;
@@ -55,6 +49,7 @@ function showRouting() {
   chart("usage-histogram", () => drawHistogram(usage));
   byId("usage-note").textContent = usage ? `Expert by layer: ${usage.what}. A page holds this for the best run of each variant, at ${report.notes.counts} steps at most.` : "";
   const pairs = run?.routing?.pairs[Number(byId("usage-layer").value)] ?? [];
+  chart("pair-chart", () => drawPairs(run, pairs));
   pairTable.show(pairs.map(([left, right, tokens]) => ({
     cells: { pair: cell(`${left} and ${right}`, `${left} and ${right}`), tokens: cell(tokens, figure(tokens, 0)) },
   })));
@@ -64,23 +59,47 @@ const pairTable = new SortableTable(byId("pair-table"), [
   column("pair", "Experts", null), column("tokens", "Validation tokens that chose both", 0),
 ], { key: "tokens", descending: true });
 
+// Expert by expert; a run records the pairs of which there are most, and of no others is anything known.
+function drawPairs(run, pairs) {
+  const both = pairs.flatMap(([left, right, tokens]) => [[left, right, tokens], [right, left, tokens]]);
+  const experts = run?.cells.num_experts[0];
+  const axis = { range: [-0.5, experts - 0.5], constrain: "domain", title: { text: "expert" } };
+  const size = Math.max(3, Math.min(18, 260 / experts));
+  return {
+    traces: both.length === 0 ? [] : [{
+      type: "scatter", mode: "markers", x: both.map(([left]) => left), y: both.map(([, right]) => right), customdata: both.map(([, , tokens]) => tokens),
+      marker: { symbol: "square", size, color: both.map(([, , tokens]) => tokens), colorscale: scale(), cmin: 0, line: { width: 1, color: colour("quiet") }, colorbar: { thickness: 12, title: { text: "tokens" } } },
+      hovertemplate: "experts %{x} and %{y}<br>%{customdata} tokens<extra></extra>",
+    }],
+    empty: "No pairs of experts were recorded for this layer.",
+    layout: { hovermode: "closest", xaxis: axis, yaxis: { ...axis, autorange: false, range: [experts - 0.5, -0.5], scaleanchor: "x" } },
+  };
+}
+
 function drawMeasure(run) {
   const name = byId("routing-measure").value;
   const held = run?.routing?.measures[name];
-  byId("routing-note").textContent = held ? `${report.measures[name]}: layers over steps.` : "";
+  byId("routing-note").textContent = held ? `${report.measures[name]}: layers over steps.${thinning(name, held)}` : "";
   if (!held) return { traces: [], empty: "This run routes nothing, or was not evaluated." };
   const names = layerNames(run.routing.layers);
   const byLayer = names.map((_, layer) => held.values.map((row) => row[layer]));
   if (held.steps.length === 1) {
-    return { traces: [{ type: "bar", x: names, y: byLayer.map(([value]) => value), marker: { color: colour("c0") } }], layout: { yaxis: { title: { text: name } } } };
+    return { traces: [{ type: "bar", x: names, y: byLayer.map(([value]) => value), customdata: byLayer.map(([value]) => value), hovertemplate: "%{x}<br>%{customdata}<extra></extra>", marker: { color: colour("c0") } }], layout: { yaxis: { title: { text: name } } } };
   }
   return {
     traces: [{
       type: "heatmap", x: held.steps, y: names, z: byLayer, colorscale: scale(), hoverongaps: false,
-      hovertemplate: "step %{x}, %{y}<br>%{z:.4g}<extra></extra>", colorbar: { thickness: 12 },
+      customdata: byLayer, hovertemplate: "step %{x:,}, %{y}<br>%{customdata}<extra></extra>", colorbar: { thickness: 12 },
     }],
     layout: { xaxis: { title: { text: "step" } }, yaxis: { autorange: "reversed" } },
   };
+}
+
+function thinning(name, { steps, records }) {
+  if (records === steps.length) return "";
+  return name === "key_movement"
+    ? ` Of ${figure(records, 0)} steps the largest value in each of ${steps.length} stretches is shown, at the stretch's last step.`
+    : ` Of ${figure(records, 0)} evaluations ${steps.length}, evenly chosen, are shown.`;
 }
 
 const currentUsage = (usage) => usage?.values[Number(byId("usage-step").value)];
@@ -92,7 +111,7 @@ function drawUsageMap(usage) {
   return {
     traces: [{
       type: "heatmap", y: layerNames(values.length), z: isLog ? values.map((row) => row.map((value) => Math.log10(1 + value))) : values,
-      customdata: values, colorscale: scale(), hovertemplate: "%{y}, expert %{x}<br>%{customdata:.5g}<extra></extra>",
+      customdata: values, colorscale: scale(), hovertemplate: "%{y}, expert %{x}<br>%{customdata}<extra></extra>",
       colorbar: { thickness: 12, title: { text: isLog ? "log10(1 + n)" : "n" } },
     }],
     layout: { xaxis: { title: { text: "expert" } }, yaxis: { autorange: "reversed" } },
@@ -123,7 +142,7 @@ function showMap() {
   setSlider("map-step", run?.maps?.steps ?? [], false);
   const parts = ["A point is an expert's key, coloured by its usage; positions of different steps compare, as one projection holds for all."];
   parts.push("A page has maps for the best run of each variant, at the checkpoints that it still has.");
-  if (!report.notes.has_umap) parts.push("UMAP is added where umap-learn is installed.");
+  if (!report.notes.has_umap) parts.push("--umap adds UMAP.");
   parts.push("tools/inspect_experts.py names the tokens that an expert serves.");
   byId("map-note").textContent = parts.join(" ");
   chart("map-chart", () => drawMap(run));
@@ -172,13 +191,15 @@ function drawTimes(rows) {
   byId("cost-chart").style.height = `${height}px`;
   return {
     traces: longest.length === 0 ? [] : TIMES.map(([key, label], place) => ({
-      type: "bar", orientation: "h", name: label, y: longest.map((_, i) => i), x: longest.map((row) => row[key][0]), marker: { color: paletteColour(place) },
-      customdata: longest.map((row) => plainText(row.run[0])), hovertemplate: `<b>%{customdata}</b><br>${label} %{x:.1f} s<extra></extra>`,
+      type: "bar", orientation: "h", name: label, legendgroup: label, y: longest.map((_, i) => i), x: longest.map((row) => row[key][0]), marker: { color: paletteColour(place) },
+      text: longest.map((row) => plainText(row.run[0])), textposition: "none", customdata: longest.map((row) => row[key][0]),
+      hovertemplate: `<b>%{text}</b><br>${label} %{customdata} s<extra></extra>`,
     })),
+    legend: longest.length === 0 ? [] : TIMES.map(([, label], place) => ({ group: label, name: label, stroke: paletteColour(place) })),
     layout: {
-      barmode: "stack", height, legend: { orientation: "h", y: 1, yanchor: "bottom", traceorder: "normal" }, margin: { l: 55, r: 15, t: 40, b: 45 },
+      barmode: "stack", height,
       xaxis: { title: { text: "seconds" } },
-      yaxis: { autorange: "reversed", tickvals: longest.map((_, i) => i), ticktext: longest.map((row) => shortText(row.run[0], window.innerWidth < 700 ? 16 : 34)) },
+      yaxis: { autorange: "reversed", tickvals: longest.map((_, i) => i), ticktext: longest.map((row) => shortText(row.run[0], nameLength())) },
     },
   };
 }

@@ -5,7 +5,9 @@ Shapes: S evaluations, L layers, E experts, N records of steps.
 
 from typing import Any
 
-from tools.reporting.curves import MOST_EVALUATIONS, spread_out
+import numpy as np
+
+from tools.reporting.curves import MOST_EVALUATIONS, plain, spread_out
 from tools.runs import Run, number
 
 MEASURES = {
@@ -32,10 +34,11 @@ def routing(run: Run, with_experts: bool) -> dict[str, Any] | None:
     """What the page shows of a run's routing; None where it routes nothing.
 
     Returns:
-        `measures`: name to `steps` (S) and `values` (S x L); `counts` (with_experts): `steps` and `values` (S x L x E),
+        `measures`: name to `steps` (S), `values` (S x L) and `records`, from how many those were taken: evaluations evenly,
+        of key movement the largest in each of S stretches; `counts` (with_experts): `steps` and `values` (S x L x E),
         choices by real validation tokens; `pairs`: of the last evaluation (L x P) [expert, expert, tokens].
     """
-    evals = [record for record in run.evals if record["layers"] and all(isinstance(v, dict) for v in record["layers"])]
+    evals = [record for record in run.evals if record["layers"]]
     if run.experiment is None or not evals:
         return None
     layers = len(evals[-1]["layers"])
@@ -45,23 +48,31 @@ def routing(run: Run, with_experts: bool) -> dict[str, Any] | None:
     for name in MEASURES:
         values = [[_value(layer, name, E) for layer in record["layers"]] for record in picked]
         if any(value is not None for row in values for value in row):
-            measures[name] = {"steps": [record["step"] for record in picked], "values": values}
+            measures[name] = {"steps": [record["step"] for record in picked], "values": values, "records": len(evals)}
     moves = [r for r in run.of("train") if isinstance(r.get("key_movement"), list) and len(r["key_movement"]) == layers]
     if moves:
-        moves = spread_out(moves, MOST_EVALUATIONS)
-        rows = [[_short(value) for value in record["key_movement"]] for record in moves]
-        measures["key_movement"] = {"steps": [record["step"] for record in moves], "values": rows}
+        measures["key_movement"] = _largest(moves)
     counted = [r for r in evals if all(_is_counts(layer.get("expert_counts"), E) for layer in r["layers"])]
     counted = spread_out(counted, MOST_COUNTS) if with_experts else []
     return {
         "layers": layers,
-        "experts": E,
         "measures": measures,
         "counts": {
             "steps": [record["step"] for record in counted],
             "values": [[layer["expert_counts"] for layer in record["layers"]] for record in counted],
         },
-        "pairs": [_pairs(layer.get("coselected")) for layer in evals[-1]["layers"]],
+        "pairs": [_pairs(layer.get("coselected"), E) for layer in evals[-1]["layers"]],
+    }
+
+
+def _largest(moves: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of each layer the largest key movement in each of up to MOST_EVALUATIONS stretches, named by their last steps."""
+    values_NL = np.array([[number(value) for value in record["key_movement"]] for record in moves], dtype=np.float64)
+    stretches = np.array_split(np.arange(len(moves)), min(MOST_EVALUATIONS, len(moves)))
+    return {
+        "steps": [moves[part[-1]]["step"] for part in stretches],
+        "values": [plain(np.fmax.reduce(values_NL[part]), 4) for part in stretches],
+        "records": len(moves),
     }
 
 
@@ -81,7 +92,8 @@ def _is_counts(counts: Any, num_experts: int) -> bool:
     return isinstance(counts, list) and len(counts) == num_experts and all(number(count) is not None for count in counts)
 
 
-def _pairs(pairs: Any) -> list[list[int]]:
+def _pairs(pairs: Any, num_experts: int) -> list[list[int]]:
     if not isinstance(pairs, list):
         return []
-    return [p for p in pairs if isinstance(p, list) and len(p) == 3 and all(type(v) is int and v >= 0 for v in p)]
+    sound = [p for p in pairs if isinstance(p, list) and len(p) == 3 and all(type(v) is int and v >= 0 for v in p)]
+    return [pair for pair in sound if max(pair[:2]) < num_experts]

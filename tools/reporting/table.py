@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from tools.reporting.curves import column
+from tools.reporting.curves import column, step_seconds
 from tools.reporting.health import Anomaly, anomalies, status
-from tools.results import rule_name
+from tools.results import changed_settings, rule_name
 from tools.runs import Run, number
+from trainer.config import Experiment, load_experiment
 from trainer.published import published_ids, published_results
 from trainer.text import visible
 
@@ -60,12 +61,24 @@ COLUMNS = (
     Column("step", "Step", 0),
     Column("epochs", "Epochs", 2, note="passes over the training data"),
     Column("loss_published_way", "Final, padded", 4, False, "last validation loss in the published convention"),
-    Column("published_loss", "Published", 4, False, "last printed validation loss of this id, in the published convention"),
+    Column(
+        "published_loss",
+        "Published",
+        4,
+        False,
+        "last printed validation loss of this id, in the published convention, where no setting was changed",
+    ),
+    Column("changed", "Changed", None, False, "settings in which a run differs from the published one of its id"),
     Column("gini", "Gini", 3, note="inequality of usage at the last evaluation, mean over layers; 0 = even"),
     Column("entropy_bits", "Entropy", 2, note="entropy of usage in bits at the last evaluation, mean over layers"),
     Column("anomalies", "Anomalies", 0, note="open a cell for the list"),
     Column("tokens_per_second", "Tokens/s", 0, note="median over steps"),
-    Column("wall_seconds", "Seconds", 0, note="in recorded steps and evaluations"),
+    Column(
+        "wall_seconds",
+        "Seconds",
+        0,
+        note="in steps and evaluations; a step that was not recorded counts as the next one that was",
+    ),
     Column("git_commit", "Commit", is_shown=False),
     Column("device", "Device", is_shown=False),
 )
@@ -81,6 +94,8 @@ class Entry:
     """The folder, as shown."""
     tag: str = ""
     """Its variant's name."""
+    data: int | None = None
+    """Equal for runs that were measured on the same validation data; None = not known."""
     anomalies: list[Anomaly] = field(init=False)
     """What went wrong."""
     values: dict[str, Any] = field(init=False)
@@ -127,14 +142,17 @@ def _settings(run: Run) -> dict[str, Any]:
         "ranks": number(run.start.get("world_size", run.how.get("world_size"))),
         "ep_size": number(run.start.get("ep_size", run.how.get("ep_size"))),
         "precision": run.start.get("precision"),
-        "published_loss": _published(experiment.name) if experiment.control is None else None,
+        **_published(experiment),
         **{key: run.how.get(key) for key in ("git_commit", "device")},
     }
 
 
-def _published(name: str) -> float | None:
-    epochs = published_results(name).epochs if name in published_ids() else []
-    return epochs[-1].val_loss if epochs else None
+def _published(experiment: Experiment) -> dict[str, Any]:
+    if experiment.name not in published_ids():
+        return {}
+    changed = changed_settings(load_experiment(experiment.name), experiment, free=("seed", "data.allow_fewer"))
+    epochs = published_results(experiment.name).epochs
+    return {"changed": ", ".join(changed) or None, "published_loss": epochs[-1].val_loss if epochs and not changed else None}
 
 
 def _measured(run: Run) -> dict[str, Any]:
@@ -147,7 +165,7 @@ def _measured(run: Run) -> dict[str, Any]:
         "step": run.step,
         "epochs": number(latest.get("epoch")),
         "tokens_per_second": median(rates[np.isfinite(rates)].tolist()) if np.isfinite(rates).any() else None,
-        "wall_seconds": float(np.nansum(column(records, "seconds"))),
+        "wall_seconds": float(np.nansum(step_seconds(run)) + np.nansum(column(run.evals, "seconds"))),
     }
     evals = [(loss, record["step"]) for record in run.evals if (loss := number(record["val_loss"])) is not None]
     if evals:
@@ -169,7 +187,7 @@ def perplexity(loss: float | None) -> float | None:
 
 def layer_mean(evaluation: dict[str, Any], key: str) -> float | None:
     """Mean of a measure over SoME layers; None where it has none."""
-    values = [number(layer.get(key)) for layer in evaluation["layers"] if isinstance(layer, dict)]
+    values = [number(layer.get(key)) for layer in evaluation["layers"]]
     return fmean(values) if values and None not in values else None
 
 
@@ -187,10 +205,11 @@ def to_csv(entries: list[Entry]) -> str:
 def to_markdown(header: list[str], rows: list[list[str]]) -> str:
     """A table whose cells show what they hold, whatever it is."""
     lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(map(_plain_markdown, cells)) + " |" for cells in lines)
+    return "\n".join("| " + " | ".join(map(plain_markdown, cells)) + " |" for cells in lines)
 
 
-def _plain_markdown(cell: str) -> str:
-    for character in "\\`*_[]|":
-        cell = cell.replace(character, f"\\{character}")
-    return visible(cell).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+def plain_markdown(text: str) -> str:
+    """A text from elsewhere as Markdown that shows it as it is, within a line."""
+    for character in "\\`*_[]|~":
+        text = text.replace(character, f"\\{character}")
+    return visible(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")

@@ -15,8 +15,12 @@ function fillSelect(select, options, chosen) {
   if (chosen !== undefined) select.value = chosen;
 }
 
-const grouped = (value, digits) =>
-  value.toLocaleString("en-US", { minimumFractionDigits: digits, maximumFractionDigits: digits });
+// Making a format takes far longer than using it.
+const formats = new Map();
+function grouped(value, digits) {
+  if (!formats.has(digits)) formats.set(digits, new Intl.NumberFormat("en-US", { minimumFractionDigits: digits, maximumFractionDigits: digits }));
+  return formats.get(digits).format(value);
+}
 const figure = (value, digits) => (value === null ? "" : grouped(value, digits));
 const signed = (value, digits) => (value === null ? "" : (value < 0 ? "" : "+") + grouped(value, digits));
 
@@ -33,8 +37,11 @@ function compareCells(one, other, descending) {
    columns: [{key, label, note, digits}]; a digits that is not null makes a column of numbers.
    rows: [{cells: {key: [value, text]}, ...}]; decorate(row, column, cell) may put more into a cell. */
 class SortableTable {
+  static all = new Map();
+
   constructor(table, columns, sort, decorate = () => {}) {
     Object.assign(this, { table, columns, sort, decorate, rows: [] });
+    SortableTable.all.set(table.id, this);
     this.head = table.appendChild(make("thead"));
     this.body = table.appendChild(make("tbody"));
   }
