@@ -13,7 +13,7 @@ def print_experiments() -> None:
         shape = f"{model.num_layers} layers, {mixer if model.channel_mixer == 'some' else model.channel_mixer}"
         size = f"{counts.total:>13,} parameters {counts.trainable:>10,} trained"
         line = f"{name:25} {size}   {shape:29} {experiment.data.name:11}"
-        print(f"{line} {describe_published(name)}".rstrip())
+        print(f"{line} {describe_published(name)}".rstrip(), flush=True)
 
 
 def describe_published(name: str) -> str:

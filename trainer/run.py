@@ -74,8 +74,10 @@ def main() -> None:
         launch = Launch.from_environment()
         arguments = parse_arguments()
         if arguments.list:
-            signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a reader such as `head` may have enough
-            print_experiments()
+            try:
+                print_experiments()
+            except BrokenPipeError:  # a reader such as `head` has enough
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return
         code = run(arguments, launch)
     except ValueError as error:
