@@ -159,9 +159,9 @@ def test_hugging_face_block_is_used_as_it_is_made(version, monkeypatch):
 # ---------------------------------------------------------------- the command line
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def numerics(monkeypatch):
-    """What a benchmark sets stays inside."""
+    """Other numerics than the trainer's at first; what a benchmark sets stays inside."""
     deterministic, precision = torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision()
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     torch.use_deterministic_algorithms(False)
@@ -188,7 +188,7 @@ def trainer_flags(settings: list[str]) -> list[str]:
     return ["--ds_config", FP32, *(part for setting in settings for part in ("--set", setting))]
 
 
-def test_layer(capsys, monkeypatch):
+def test_layer(numerics, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)  # as if it were not installed
     rows, notes = figures(capsys, "layer", "--tokens", "16", "48", "--experts", "4", "8", *LAYER)
     assert len(rows) == 4 * len({row["contender"] for row in rows}) and computes_as_the_trainer()
@@ -204,7 +204,7 @@ def test_layer(capsys, monkeypatch):
     assert sum("pip install transformers" in note for note in notes) == 1 and len(notes) == 2
 
 
-def test_both_kernels_where_both_exist(capsys):
+def test_both_kernels_where_both_exist(numerics, capsys):
     layer = SoMELayer(replace(CONFIG, d_model=32, d_ffn=32), pool_dtype=torch.bfloat16)
     if layer.pool.kernel == "loop":
         pytest.skip("this machine has one kernel")
@@ -213,7 +213,7 @@ def test_both_kernels_where_both_exist(capsys):
     assert f"kernel {layer.pool.kernel}" in names and "kernel loop" in names
 
 
-def test_update(capsys):
+def test_update(numerics, capsys):
     rows, _ = figures(capsys, "update", "--tokens", "32", "--experts", "8", *LAYER)
     layer, *updates = rows
     assert layer["of_layer"] == 1 and len(updates) == 3 and computes_as_the_trainer()
@@ -221,7 +221,7 @@ def test_update(capsys):
         assert row["of_layer"] == pytest.approx(row["ms"] / layer["ms"])
 
 
-def test_exchange(capsys):
+def test_exchange(numerics, capsys):
     """Whole and in three chunks: the same tokens travel, and more counts of copies."""
     rows, notes = figures(capsys, "exchange", "--tokens", "64", "--experts", "8", "--chunks", "1", "3", *LAYER)
     assert computes_as_the_trainer()
@@ -245,7 +245,7 @@ def test_exchange(capsys):
     assert all(float(note.split(" to ")[1].split()[0]) < 1e-6 for note in agreements)
 
 
-def test_step(capsys):
+def test_step(numerics, capsys):
     """The same losses from both, so they are contenders for the same work."""
     rows, _ = figures(capsys, "step", "--steps", "4", "--repeats", "1", *trainer_flags(TINY))
     ours, straightforward, batches = rows
@@ -254,7 +254,7 @@ def test_step(capsys):
     assert ours["tokens_per_second"] > 0 and 0 < batches["ms"] < ours["ms"]
 
 
-def test_startup(capsys):
+def test_startup(numerics, capsys):
     rows, _ = figures(capsys, "startup", "--repeats", "1", *trainer_flags(TINY))
     *parts, total = rows
     assert [row["part"] for row in parts] == [
@@ -265,7 +265,7 @@ def test_startup(capsys):
     assert all(row["seconds"] > 0 for row in rows)
 
 
-def test_memory(capsys):
+def test_memory(numerics, capsys):
     """A pool of 64 MiB is seen where it is built, and the parts add up."""
     big = ["model.d_model=64", "model.some.d_ffn=1024", "model.some.num_experts=64", "model.some.router=linear"]
     rows, notes = figures(capsys, "memory", "--steps", "1", *trainer_flags([*TINY, *big]))
@@ -318,7 +318,7 @@ def test_bad_input_is_refused_in_one_line(arguments, named, capsys):
     assert not out and err.startswith("error: ") and err.count("\n") == 1 and named in err
 
 
-def test_a_run_that_fails_is_named_in_one_line(capsys, monkeypatch):
+def test_a_run_that_fails_is_named_in_one_line(numerics, capsys, monkeypatch):
     monkeypatch.setattr(bench_training, "start", lambda words, log: "out of memory")
     with pytest.raises(SystemExit) as exit_:
         bench.main(["memory", *trainer_flags(TINY)])

