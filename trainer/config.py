@@ -4,23 +4,20 @@ Every mistake is a `ValueError` of one line that names the key, the value and th
 """
 
 import dataclasses
-import difflib
 import math
 import os
 import re
-import types
-import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from modeling.config import ModelConfig
-from modeling.key_rules import RULE_PRESETS, KeyRules
 from trainer.controls import apply_control
 from trainer.data.config import DataConfig
 from trainer.faults import FaultsConfig
 from trainer.published import merge, published_experiment, published_ids
 from trainer.text import parse_yaml, read_yaml, shown
+from trainer.typed import build, nearest
 
 EXPERIMENTS_DIR = Path(__file__).parent / "experiments"
 RULES_PATH = ("model", "some", "rules")
@@ -319,7 +316,7 @@ def experiment_from_dict(values: dict) -> Experiment:
     Raises:
         ValueError: unknown key, wrong type or value.
     """
-    return _build(Experiment, values, "")
+    return build(Experiment, values, "")
 
 
 def _read_experiment(name: str) -> dict:
@@ -327,7 +324,7 @@ def _read_experiment(name: str) -> dict:
     if name in experiment_names():
         return _shipped(name)
     if not name.endswith((".yaml", ".yml")):
-        raise ValueError(f"--experiment {name}: unknown; {_nearest(name, experiment_names())}a YAML file's path also works")
+        raise ValueError(f"--experiment {name}: unknown; {nearest(name, experiment_names())}a YAML file's path also works")
     return _read_file(Path(name))
 
 
@@ -352,7 +349,7 @@ def _read_file(path: Path, above: tuple[str, ...] = ()) -> dict:
     if not is_file or not Path(below).is_relative_to(folder):
         raise ValueError(
             f"base = {shown(base)} in {path}: is no experiment, and no YAML file beside or below the one that names it; "
-            f"{_nearest(str(base), experiment_names())}files from elsewhere must be copied there"
+            f"{nearest(str(base), experiment_names())}files from elsewhere must be copied there"
         )
     if below in (here, *above):
         raise ValueError(f"base = {shown(base)} in {path}: is built on this file; name another experiment")
@@ -374,56 +371,3 @@ def _set_path(values: dict, path: str, value: Any) -> None:
             raise ValueError(f"--set {path}: {parent} is a value and has no keys below it")
     both = isinstance(value, dict) and isinstance(values.get(last), dict)
     values[last] = merge(values[last], value) if both else value
-
-
-def _nearest(word: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"did you mean {close[0]}? " if close else f"known: {', '.join(known)}; "
-
-
-def _build(cls: type, values: Any, prefix: str) -> Any:
-    """An instance of dataclass `cls` from a dict, with every key and type checked."""
-    if not isinstance(values, dict):
-        raise ValueError(f"{prefix.rstrip('.')} = {shown(values)}: expected keys and values, see trainer/experiments")
-    if cls is KeyRules and "preset" in values:
-        values = dict(values)
-        preset = values.pop("preset")
-        if not isinstance(preset, str) or preset not in RULE_PRESETS:
-            raise ValueError(f"{prefix}preset = {shown(preset)} is unknown; known: {', '.join(RULE_PRESETS)}")
-        values = {**RULE_PRESETS[preset], **values}
-    hints = typing.get_type_hints(cls)
-    known = [f.name for f in dataclasses.fields(cls)]
-    for key in values:
-        if key not in known:
-            name = key if isinstance(key, str) else shown(key)
-            raise ValueError(f"{prefix}{name}: unknown key; {_nearest(name, known)}".rstrip("; "))
-    return cls(**{key: _convert(hints[key], value, f"{prefix}{key}") for key, value in values.items()})
-
-
-def _convert(hint: Any, value: Any, key: str) -> Any:
-    """`value` as the annotated type; YAML reads 6e-4 as text and 1 as int where a float is meant, which are accepted."""
-    if dataclasses.is_dataclass(hint):
-        return _build(hint, value, f"{key}.")
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    # Beyond, torch and NumPy overflow, and Python does not even print it.
-    if isinstance(value, int) and value.bit_length() > 63:
-        raise ValueError(f"{key} is a whole number of {value.bit_length()} bits; numbers here have 63 at most")
-    for option in options:
-        if option is type(None) and value is None:
-            return None
-        if option is bool and isinstance(value, bool):
-            return value
-        if option is int and isinstance(value, int) and not isinstance(value, bool):
-            return value
-        if option is float and isinstance(value, int | float | str) and not isinstance(value, bool):
-            try:
-                number = float(value)
-            except ValueError:
-                continue
-            if not math.isfinite(number):
-                raise ValueError(f"{key} = {number} must be a finite number")
-            return number
-        if option is str and isinstance(value, str):
-            return value
-    names = " or ".join("null" if o is type(None) else o.__name__ for o in options)
-    raise ValueError(f"{key} = {shown(value)} is {type(value).__name__}; expected {names}")
