@@ -29,7 +29,7 @@ if __name__ == "__main__":
 from tools.chaos_faults import Card, Fault, arrange, deck
 from tools.chaos_ranks import Ranks, prepare
 from tools.runs import EXIT_FAILED, EXIT_REFUSED, Run, read_run
-from trainer.checkpoint import MANIFEST, TENSORS
+from trainer.checkpoint import MANIFEST, TENSORS, checkpoint_folders
 from trainer.config import load_experiment
 from trainer.distributed import Launch, Layout
 from trainer.ds_config import load_ds_config
@@ -173,11 +173,14 @@ def _untimed(record: dict[str, Any]) -> dict[str, Any]:
 
 def _end(folder: Path) -> tuple[dict[str, Any], dict[str, str], set[str]]:
     """State and hashes of a run's last checkpoint, verified, and the names of everything in the run's folder but the logs of
-    TensorBoard, which has one a start."""
+    TensorBoard, which has one a start. Checkpoints are numbered from the newest: one that was written because of a signal
+    may be among those that are kept."""
     found = checkpoint_at(folder)
     manifest = json.loads((found.folder / MANIFEST).read_text(encoding="utf-8"))
     state = {key: value for key, value in vars(found.state).items() if key != "experiment"}
     names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.parent.name != "tensorboard"}
+    for number, path in enumerate(checkpoint_folders(folder / "checkpoints")):
+        names = {name.replace(f"checkpoints/{path.name}", f"checkpoints/{number}") for name in names}
     return state, {name: manifest["files"][name]["sha256"] for name in TENSORS}, names
 
 
