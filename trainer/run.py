@@ -154,6 +154,9 @@ def run(arguments: argparse.Namespace, launch: Launch) -> int:
     check_ds_config(arguments.ds_config, job.ds_config)
     check_source(job.experiment.data)
     if is_done(job, arguments.max_steps):
+        if job.continues and job.lock is not None:
+            # As many are kept as the run said, whatever is asked for now that nothing starts.
+            job.found.clean(job.saved.experiment["checkpoint"]["keep"])
         return DONE
     check_writable(job.output_dir)
     with StopSignals() as signals:

@@ -183,12 +183,11 @@ def test_a_damaged_checkpoint_is_named_and_skipped_and_never_silently_all(finish
     shutil.copytree(output_dir, copy)
     (copy / "checkpoints" / ".tmp-step_00000004").mkdir()
     (copy / "checkpoints" / "step_00000004" / "core.safetensors").write_bytes(b"")
-    before = contents(copy)
     call(monkeypatch, *arguments, "--output_dir", str(copy), "--max_steps", "2")
     printed = capsys.readouterr().out
     assert f"checkpoint {copy}/checkpoints/step_00000004 is skipped: core.safetensors has 0 bytes instead of" in printed
     assert "has reached --max_steps 2 at step 2" in printed
-    assert contents(copy) == before and list(copy.glob("checkpoints/.tmp*")), "what does not start changes nothing"
+    assert not list(copy.glob("checkpoints/.tmp*")), "what a killed save left goes, also where nothing is left to do"
     (copy / "checkpoints" / "step_00000002" / "manifest.json").unlink()
     before = contents(copy)
     with pytest.raises(SystemExit) as ended:
