@@ -78,6 +78,10 @@ class FolderLock:
         self._write("")
         self._file.close()
 
+    def close(self) -> None:
+        """Let others have the folder; the name stays in it, if it was not released before."""
+        self._file.close()
+
     def _write(self, text: str) -> None:
         if text != self._read():
             self._file.truncate(0)

@@ -146,6 +146,19 @@ def run(arguments: argparse.Namespace, launch: Launch) -> int:
         if launch.rank == 0:
             print(describe(job.experiment, deployment(job)))
         return DONE
+    try:
+        code = carry_out(job, arguments)
+        if job.lock is not None:
+            job.lock.release()
+        return code
+    finally:
+        if job.lock is not None:
+            job.lock.close()  # where it failed its name stays, which tells so
+
+
+def carry_out(job: Job, arguments: argparse.Namespace) -> int:
+    """The job; its exit code."""
+    launch = job.launch
     if launch.rank == 0:
         report_skipped(job)
     launch.export()
@@ -174,12 +187,9 @@ def run(arguments: argparse.Namespace, launch: Launch) -> int:
                 job.found.clean(job.experiment.checkpoint.keep)
             trainer = prepare_trainer(job, Path(broadcast_text(str(data_folder))), device)
             with Watchdog(trainer.progress, timeout):
-                code = train(trainer, signals, arguments.max_steps)
+                return train(trainer, signals, arguments.max_steps)
         finally:
             dist.destroy_process_group()
-        if job.lock is not None:
-            job.lock.release()
-        return code
 
 
 def train(trainer: Trainer, signals: StopSignals, max_steps: int | None) -> int:
