@@ -5,11 +5,13 @@ import functools
 import json
 import shutil
 import subprocess
+import sys
 import threading
 from pathlib import Path
 
 import pytest
 
+from tests.launch import REPOSITORY
 from tests.reports import HOSTILE, REAL, STATUSES
 from tools.report import Settings, write_report
 from tools.reporting.compare import comparison, sort_by_data, variants
@@ -428,3 +430,12 @@ def test_nothing_keeps_anybody_from_reading_it(open_page, cache_dir, scheme):
     rules = {} if scheme == "light" else {"runOnly": ["color-contrast"]}
     violations = page.evaluate("rules => axe.run(rules)", rules)["violations"]
     assert [(violation["id"], [node["html"][:200] for node in violation["nodes"]]) for violation in violations] == []
+
+
+def test_its_speed_can_be_told():
+    command = [sys.executable, "-m", "tests.report_speed", "--runs", "2", "--steps", "60"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    made, loaded, drawn = done.stdout.splitlines()
+    assert made.startswith("2 runs of 60 steps: made in ")
+    assert [line.rpartition(" after ")[0] for line in (loaded, drawn)] == ["loaded", "charts drawn"]
