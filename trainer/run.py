@@ -168,7 +168,7 @@ def carry_out(job: Job, arguments: argparse.Namespace) -> int:
     check_source(job.experiment.data)
     if is_done(job, arguments.max_steps):
         if job.continues and job.lock is not None:
-            # As many are kept as the run said, whatever is asked for now that nothing starts.
+            # As many are kept as the run itself said, since nothing starts that could ask for others.
             job.found.clean(job.saved.experiment["checkpoint"]["keep"])
         return DONE
     check_writable(job.output_dir)
