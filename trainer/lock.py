@@ -29,7 +29,7 @@ def is_gone(owner: str) -> bool:
     except ProcessLookupError:
         return True
     except (PermissionError, OverflowError):
-        return False
+        pass  # another user's, or no process id at all
     return False
 
 
