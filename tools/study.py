@@ -157,6 +157,7 @@ def run_missing(study: Study, arguments: argparse.Namespace) -> list[str]:
             is_stopping.set()
             pool.shutdown(wait=False, cancel_futures=True)
             stop_all()
+            pool.shutdown()  # what the runs ended with is said before the last word
             failures.append("stopped; the same command goes on from the last checkpoints")
             print(failures[-1], flush=True)
     pool.shutdown()
