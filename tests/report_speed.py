@@ -33,13 +33,14 @@ def make_run(folder: Path, number: int, steps: int) -> None:
             counts = draw.integers(1, 1000, (LAYERS, 16)).tolist()
             layers = [
                 {"layer": layer, "gini": 0.3, "entropy_bits": 3.5, "effective_experts": 11.3, "experts_used": 16,
-                 "load_max_over_mean": 1.3, "output_over_residual": 0.1, "respawns": 0, "expert_counts": counts[layer],
-                 "coselected": [[0, 1, 500], [2, 3, 400]]}
+                 "load_max_over_mean": 1.3, "output_over_residual": 0.1, "respawns": 0, "expert_counts": counts[layer]}
                 for layer in range(LAYERS)
             ]  # fmt: skip
             records.append({"event": "eval", "step": step, "epoch": step / 100, "val_loss": loss + 0.1, "val_ppl": 30.0,
                             "val_tokens": 9000, "seconds": 2.0, "layers": layers})  # fmt: skip
     records.append({"event": "end", "step": steps, "finished": True})
+    served = {"tokens": [[["␣token", 100]] * 5] * 16, "coselected": [[a, b, a + b] for a in range(16) for b in range(a)]}
+    (folder / "experts.json").write_text(json.dumps({"step": steps, "layers": [served] * LAYERS}))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
 
 

@@ -327,7 +327,14 @@ def test_sliders_and_maps(open_page, report_runs):
     page.locator("#map-step").focus()
     page.keyboard.press("Home")
     assert page.inner_text("#map-step-value") == "2" and drawn(page, "map-chart")[0]["x"] != last
-    assert "nearest" in drawn(page, "map-chart")[0]["text"][0]
+    found = json.loads((report_runs / name / "experts.json").read_text())
+    for layer in (0, 1):
+        page.select_option("#map-layer", str(layer))
+        for text, tokens in zip(drawn(page, "map-chart")[0]["text"], found["layers"][layer]["tokens"], strict=True):
+            assert "nearest" in text
+            named = text.split("<br>serves ")[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")
+            assert named == (" · ".join(f"{token} {count}" for token, count in tokens) or "no validation token")
+    assert "evaluation at step 6." in page.inner_text("#map-note") and found["step"] == 6
     page.select_option("#routing-run", label=name)
     heat = drawn(page, "routing-chart")[0]
     assert heat["z"] == [
@@ -343,7 +350,7 @@ def test_sliders_and_maps(open_page, report_runs):
         assert drawn(page, "usage-map")[0]["z"] == counts
         assert drawn(page, "usage-histogram")[0]["x"] == counts[0]
     page.select_option("#usage-layer", "1")
-    pairs = run.evals[-1]["layers"][1]["coselected"]
+    pairs = found["layers"][1]["coselected"]
     assert column(page, "pair-table", 0) == [f"{left} and {right}" for left, right, _ in pairs]
     chart = drawn(page, "pair-chart")[0]
     found = {(*sorted(place), tokens) for *place, tokens in zip(chart["x"], chart["y"], chart["customdata"], strict=True)}

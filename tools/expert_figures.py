@@ -12,8 +12,9 @@ import torch
 from tokenizers import Tokenizer
 
 from modeling import Transformer
-from tools.expert_traces import Trace, readable
+from tools.expert_traces import Trace
 from trainer.metrics import entropy_bits
+from trainer.text import readable
 
 MOST_TOKENS, MOST_PAIRS, MOST_CHANGED = 8, 20, 20
 """How many token types an expert names, how many pairs of experts a layer names, how many tokens a disabled expert names."""

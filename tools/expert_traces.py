@@ -22,7 +22,6 @@ from modeling.some.exchange import Exchange
 from modeling.some.experts import FrozenExpertPool
 from trainer.data import RowLayout, Sequences, micro_batches
 from trainer.data.sequences import write_rows, write_sequences
-from trainer.text import visible
 
 
 @dataclass(frozen=True)
@@ -119,12 +118,3 @@ class _Without:
     ) -> torch.Tensor:
         here_TK = expert_ids_TK.masked_fill(expert_ids_TK == self._expert, -1)  # -1: not in this pool
         return self._exchange(x_TD, gates_TK, here_TK, pool)
-
-
-def readable(tokenizer: Tokenizer, token_id: int) -> str:
-    """A token so that it can be told from others: spaces as `␣`, other white space and control characters as escapes; part
-    of a character in the vocabulary's own letters."""
-    text = tokenizer.decode([token_id], skip_special_tokens=False)
-    if not text or "\ufffd" in text:
-        text = tokenizer.id_to_token(token_id) or f"id {token_id}"  # the model may have rows that no token uses
-    return visible(text).replace(" ", "␣")

@@ -5,6 +5,7 @@ Shapes: N sequences of the split, T positions with a target.
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +16,19 @@ from modeling.cross_entropy import NO_TARGET
 from trainer.config import Experiment
 from trainer.data import Batch, Sequences, eval_batches
 from trainer.metrics import RoutingMeter
+from trainer.served import ServedTokens
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What one evaluation measured, over all ranks."""
+
+    record: dict[str, Any]
+    """The numbers that `metrics.jsonl` keeps."""
+    served: list[torch.Tensor]
+    """Of each SoME layer, the tokens that each expert serves most, as `ServedTokens.most` gives them."""
+    pairs: list[torch.Tensor]
+    """Of each SoME layer (E, E) int64, how many real tokens chose both experts."""
 
 
 @torch.no_grad()
@@ -25,20 +39,21 @@ def evaluate(
     micro_batch: int,
     device: torch.device,
     gives_up: Callable[[], bool] = lambda: False,
-) -> dict[str, Any] | None:
+) -> Evaluation | None:
     """Losses on the validation split and how its tokens were routed; a collective, the same result on every rank.
 
     `gives_up` is asked on every rank before each of its batches, of which all have as many, and must say the same on all.
 
     Returns:
-        None where it was given up, else
+        None where it was given up, else as `record`
         `val_loss` nats per real token, `val_ppl` its exponential, `nats_per_story`, `bits_per_byte` (of the text's UTF-8),
         `val_tokens`, and `layers`, one record a SoME layer. With padded rows besides, by the published convention (specs
         1.3: the unweighted mean over batches of their mean loss): `val_loss_with_padding` where padding is counted,
         `val_loss_batch_mean` where it is not.
     """
     stores = [layer.store for layer in model.some_layers]
-    meter = RoutingMeter(stores)
+    meter, config = RoutingMeter(stores), model.config
+    served = ServedTokens(len(stores), config.some.num_experts, config.vocab_size, device)
     real = torch.zeros(2, dtype=torch.float64, device=device)
     rows_N2 = torch.zeros(len(sequences), 2, dtype=torch.float64, device=device)
     model.eval()
@@ -52,7 +67,10 @@ def evaluate(
             None if mask_BS is None else mask_BS.to(device),
             targets_BS=batch.targets_BS.to(device),
         )
-        meter.add(out.routing, batch.is_real_BS[batch.attention_mask_BS].to(device))
+        routed_BS = batch.attention_mask_BS
+        token_ids_T, is_real_T = (values_BS[routed_BS].to(device) for values_BS in (batch.input_ids_BS, batch.is_real_BS))
+        meter.add(out.routing, is_real_T)
+        served.add(out.routing, token_ids_T, is_real_T)
         real_T, rows_T = _real_and_row(batch)
         losses_T = out.losses_T.double()
         real += torch.stack([losses_T[real_T.to(device)].sum(), real_T.sum().to(device)])
@@ -66,7 +84,7 @@ def evaluate(
         dist.all_reduce(rows_N2)
         name = "val_loss_with_padding" if experiment.data.count_padding else "val_loss_batch_mean"
         published[name] = mean_of_batch_means(rows_N2, experiment.train.batch_size, experiment.data.drop_last_validation)
-    return {
+    record = {
         "val_loss": loss,
         "val_ppl": math.exp(min(loss, 700.0)),
         **published,
@@ -76,6 +94,7 @@ def evaluate(
         "val_tokens": int(tokens),
         "layers": meter.result([layer.placement for layer in model.some_layers]),
     }
+    return Evaluation(record, served.most(), meter.pairs)
 
 
 def mean_of_batch_means(rows_N2: torch.Tensor, batch_size: int, drop_last: bool) -> float:

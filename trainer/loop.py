@@ -28,6 +28,7 @@ from trainer.metrics import RunLog, accumulate_statistics
 from trainer.placement import begin_placement, replan_if_due
 from trainer.saver import Saver
 from trainer.schedule import learning_rate
+from trainer.served import describe
 from trainer.stopping import StopSignals
 from trainer.storage import StorageError
 from trainer.watchdog import Progress
@@ -302,22 +303,24 @@ class Trainer:
         if measured is None:
             return False
         self.state.evaluation_due = False
-        step, loss = self.state.step, measured["val_loss"]
+        step, record = self.state.step, measured.record
+        loss = record["val_loss"]
         self.state.val_loss = loss
         is_asked_for = step % self._eval_every == 0 or step == self.state.total_steps
         is_best = is_asked_for and (self.state.best is None or loss < self.state.best["val_loss"])
         if is_best:
             self.state.best = {"step": step, "val_loss": loss}
         self._record(
-            "eval", step=step, epoch=step / self.order.steps_per_epoch, **measured, seconds=time.perf_counter() - began
+            "eval", step=step, epoch=step / self.order.steps_per_epoch, **record, seconds=time.perf_counter() - began
         )
         if self.log is not None:
+            self.log.write_experts(step, describe(measured.served, measured.pairs, self.dataset.tokenizer))
             self.log.show_stores(step, self.stores)
-        experts = [layer["effective_experts"] for layer in measured["layers"]]
+        experts = [layer["effective_experts"] for layer in record["layers"]]
         routed = f"; effective experts {min(experts):.1f} to {max(experts):.1f}" if experts else ""
         self.console.say(
-            f"step {step}: validation loss {loss:.4f} nats/token (ppl {measured['val_ppl']:,.2f}, "
-            f"{measured['bits_per_byte']:.3f} bits/byte){routed}"
+            f"step {step}: validation loss {loss:.4f} nats/token (ppl {record['val_ppl']:,.2f}, "
+            f"{record['bits_per_byte']:.3f} bits/byte){routed}"
         )
         return is_best
 

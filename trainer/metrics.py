@@ -17,10 +17,14 @@ import torch.nn.functional as F
 
 from modeling.some import KeyStatistics, KeyStore, Routing
 from modeling.some.placement import Placement
-from trainer.storage import StorageError, describe_free, write_text_atomically
+from trainer.storage import StorageError, describe_free, remove, write_text_atomically
 
 if TYPE_CHECKING:
     from trainer.board import Board
+
+
+EXPERTS = "experts.json"
+"""In a run's folder: what its experts serve, by `trainer/served.py`, at the newest evaluation."""
 
 
 def gini(usage_E: torch.Tensor) -> float:
@@ -40,19 +44,6 @@ def entropy_bits(usage_E: torch.Tensor) -> float:
     share_E = usage_E / usage_E.sum().clamp(min=1e-30)
     share_E = share_E[share_E > 0]
     return float(-(share_E * share_E.log2()).sum()) + 0.0
-
-
-MOST_PAIRS = 10
-"""How many pairs of experts an evaluation names."""
-
-
-def most_coselected(pairs_EE: torch.Tensor) -> list[list[int]]:
-    """The pairs of experts that most tokens chose together, most first: [expert, expert, tokens]; equal ones by number."""
-    left_P, right_P = torch.triu_indices(*pairs_EE.shape, offset=1, device=pairs_EE.device)
-    tokens_P = pairs_EE[left_P, right_P]
-    order_P = tokens_P.argsort(descending=True, stable=True)[:MOST_PAIRS]
-    rows = torch.stack([left_P[order_P], right_P[order_P], tokens_P[order_P]], dim=1).tolist()
-    return [row for row in rows if row[2] > 0]
 
 
 class RoutingMeter:
@@ -84,6 +75,11 @@ class RoutingMeter:
                 dist.all_reduce(sums)
         return [self._layer(layer, placements[layer]) for layer in range(len(self.stores))]
 
+    @property
+    def pairs(self) -> list[torch.Tensor]:
+        """Of each layer (E, E) int64, how many real tokens chose both experts: over all ranks once there is a result."""
+        return [stats.pairs_EE for stats in self._statistics]
+
     def _layer(self, layer: int, placement: Placement) -> dict[str, Any]:
         store, stats, routed_E = self.stores[layer], self._statistics[layer], self._routed[layer]
         counts_E, (E, K) = stats.counts_EK.sum(1).long(), stats.counts_EK.shape
@@ -114,7 +110,6 @@ class RoutingMeter:
             "largest_gate": gates / tokens if tokens else 0.0,
             "respawns": int(store.respawns),
             "expert_counts": counts_E.tolist(),
-            "coselected": most_coselected(stats.pairs_EE),
         }
 
 
@@ -144,10 +139,11 @@ def accumulate_statistics(
 
 
 class RunLog:
-    """Appends one JSON object a line to `metrics.jsonl` and shows it on the run's board, if it has one; rank 0 only.
+    """Appends one JSON object a line to `metrics.jsonl` and shows it on the run's board, if it has one; what the newest
+    evaluation says of single experts goes to `experts.json`. Rank 0 only.
 
     On resume, records after the resumed step are dropped, so that every step appears once, and lines that are no records;
-    with `evaluates` also the resumed step's evaluation, which is about to be made again.
+    with `evaluates` also the resumed step's evaluation, which is about to be made again. So is an `experts.json` of later.
 
     Attributes:
         error: why nothing is written any more; None = all is well. Methods do not raise it, since the other ranks have to
@@ -158,11 +154,13 @@ class RunLog:
     """
 
     def __init__(self, output_dir: Path, resumed_step: int, board: "Board | None" = None, evaluates: bool = False):
-        self._path, self.error = output_dir / "metrics.jsonl", None
+        self._path, self._experts, self.error = output_dir / "metrics.jsonl", output_dir / EXPERTS, None
         with self._noting_errors():
             output_dir.mkdir(parents=True, exist_ok=True)
             if self._path.exists():
                 self._drop_after(resumed_step, evaluates)
+            if not _is_of(self._experts, resumed_step):
+                remove(self._experts)
             self._file = open(self._path, "a", encoding="utf-8", buffering=1)
         if self.error is not None:
             raise self.error
@@ -193,6 +191,12 @@ class RunLog:
             if self._board is not None:
                 self._board.write(event, values)
 
+    def write_experts(self, step: int, layers: list[dict[str, Any]]) -> None:
+        """What the experts serve at this evaluation, by layer, in place of what was there before."""
+        if self.error is None and layers:
+            with self._noting_errors():
+                write_text_atomically(self._experts, json.dumps({"step": step, "layers": layers}) + "\n")
+
     def show_stores(self, step: int, stores: list[KeyStore]) -> None:
         """The key stores at an evaluation, for the board only."""
         if self._board is not None:
@@ -218,6 +222,14 @@ class RunLog:
         self._file.close()
         if self._board is not None:
             self._board.close()
+
+
+def _is_of(path: Path, step: int) -> bool:
+    """Whether an `experts.json` is of this step or of one before."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["step"] <= step
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return False
 
 
 def _finite(value: Any) -> Any:

@@ -15,6 +15,7 @@ from trainer.checkpoint import checkpoint_folders, differing_keys
 from trainer.config import Experiment, experiment_from_dict
 from trainer.data import Dataset
 from trainer.distributed import Launch, Layout
+from trainer.metrics import EXPERTS
 from trainer.storage import write_text_atomically
 from trainer.text import kind_of
 
@@ -27,7 +28,7 @@ def check_writable(output_dir: Path) -> None:
     Raises:
         ValueError: naming what is in the way.
     """
-    wanted = [(output_dir / name, stat.S_ISREG) for name in ("config.yaml", "metrics.jsonl")]
+    wanted = [(output_dir / name, stat.S_ISREG) for name in ("config.yaml", "metrics.jsonl", EXPERTS)]
     wanted += [(output_dir / name, stat.S_ISDIR) for name in ("checkpoints", "tensorboard")]
     for path, is_right in [(_nearest_existing(output_dir), stat.S_ISDIR), *wanted]:
         try:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from tokenizers import Tokenizer
 
 MOST_BYTES = 2**20
 """Largest settings file that is read; shipped ones have a few thousand bytes, and those of runs not many more."""
@@ -29,6 +30,15 @@ def visible(text: str, keep: str = "") -> str:
     """`text` with everything that does not print (control characters, ANSI escapes, bidirectional overrides, bytes of file
     names that are no text) written as an escape such as `\\x1b`, but for the characters in `keep`."""
     return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
+def readable(tokenizer: Tokenizer, token_id: int) -> str:
+    """A token so that it can be told from others: spaces as `␣`, other white space and control characters as escapes; part
+    of a character in the vocabulary's own letters."""
+    text = tokenizer.decode([token_id], skip_special_tokens=False)
+    if not text or "\ufffd" in text:
+        text = tokenizer.id_to_token(token_id) or f"id {token_id}"  # the model may have rows that no token uses
+    return visible(text).replace(" ", "␣")
 
 
 def shown(value: Any) -> str:

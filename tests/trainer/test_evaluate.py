@@ -1,6 +1,7 @@
 """Evaluation against loops over rows and positions: per real token, and by the published convention (specs 1.3, F1, F2)."""
 
 import math
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from tests.oracles import metrics as oracle
 from tests.training import texts, write_texts
 from trainer.config import Experiment, experiment_from_dict
 from trainer.data import DataConfig, Dataset, eos_id, open_data, pad_id, prepare_data
-from trainer.evaluate import evaluate, mean_of_batch_means
+from trainer.evaluate import Evaluation, evaluate, mean_of_batch_means
 
 S, BATCH, VOCAB = 24, 4, 300
 # Rows of a single token, of more than a row, and a last batch of three.
@@ -64,12 +65,17 @@ def _evaluate_all(rank: int, folder: str) -> dict[str, dict]:
         shared = name == "experts on both ranks" and dist.get_world_size() > 1
         model = model_of(experiment, dist.group.WORLD if shared else None)
         keys = [layer.store.keys.clone() for layer in model.some_layers]
-        measured = evaluate(model, dataset_of(experiment).validation, experiment, 3, torch.device("cpu"))
+        evaluation = evaluate(model, dataset_of(experiment).validation, experiment, 3, torch.device("cpu"))
         assert model.training and all(p.grad is None for p in model.parameters())
         for layer, before in zip(model.some_layers, keys, strict=True):
             assert torch.equal(layer.store.keys, before) and layer.store.steps == 0, "evaluation moves no key"
-        results[name] = measured
+        results[name] = evaluation.record | {"served": served_of(evaluation), "pairs": evaluation.pairs}
     return results
+
+
+def served_of(evaluation: Evaluation) -> list[list[list[tuple[int, int]]]]:
+    """Of each layer and expert the tokens that it serves most, with their counts."""
+    return [[[(token, n) for token, n in row if n] for row in most_EM2.tolist()] for most_EM2 in evaluation.served]
 
 
 @pytest.fixture(scope="module")
@@ -160,8 +166,32 @@ def specification(experiment: Experiment) -> dict:
         name = "val_loss_with_padding" if data.count_padding else "val_loss_batch_mean"
         result[name] = sum(means) / len(means)
     result["bits_per_byte"] = sum(real) / math.log(2) / sum(covered_bytes(text, dataset, data) for text in VALIDATION)
-    result["layers"] = [routing_of(model, rows, layer, data) for layer in range(len(model.some_layers))]
+    layers = range(len(model.some_layers))
+    result["layers"] = [routing_of(model, rows, layer, data) for layer in layers]
+    result["served"] = [served_by(rows, layer) for layer in layers]
+    result["pairs"] = [pairs_of(rows, layer) for layer in layers]
     return result
+
+
+def choices_of(rows: list[Row], layer: int) -> list[tuple[int, list[int]]]:
+    """Every token that is read and followed by a real one, with its experts."""
+    return [
+        (row.ids[position], row.experts[layer][position].tolist())
+        for row in rows
+        for position, is_real in enumerate(row.real)
+        if is_real
+    ]
+
+
+def served_by(rows: list[Row], layer: int) -> list[list[tuple[int, int]]]:
+    """Of each expert the five tokens that it serves most often."""
+    counts = [Counter(token for token, ids_K in choices_of(rows, layer) if e in ids_K) for e in range(8)]
+    return [sorted(counted.items(), key=lambda item: (-item[1], item[0]))[:5] for counted in counts]
+
+
+def pairs_of(rows: list[Row], layer: int) -> Counter:
+    """Of each pair of experts, of whom a token has two, the tokens that chose both."""
+    return Counter(tuple(sorted(ids_K)) for _, ids_K in choices_of(rows, layer))
 
 
 def covered_bytes(text: str, dataset: Dataset, data: DataConfig) -> int:
@@ -196,10 +226,12 @@ def routing_of(model: Transformer, rows: list[Row], layer: int, data: DataConfig
 @pytest.mark.parametrize("name", CASES)
 def test_losses_equal_the_loops(measured, expected, name):
     for of_rank in measured:
-        ours = {key: value for key, value in of_rank[name].items() if key != "layers"}
-        theirs = {key: value for key, value in expected[name].items() if key != "layers"}
-        assert ours == pytest.approx(theirs, rel=1e-6)
-        assert ours == {key: value for key, value in measured[0][name].items() if key != "layers"}, "the same on every rank"
+        ours, theirs, first = (
+            {key: value for key, value in values.items() if isinstance(value, int | float)}
+            for values in (of_rank[name], expected[name], measured[0][name])
+        )
+        assert ours == pytest.approx(theirs, rel=1e-6) and len(ours) >= 5
+        assert ours == first, "the same on every rank"
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -209,6 +241,15 @@ def test_routing_is_that_of_real_tokens_and_with_padding_beside_it(measured, exp
         for ours, theirs in zip(of_rank[name]["layers"], expected[name]["layers"], strict=True):
             assert {key: ours[key] for key in theirs} == pytest.approx(theirs, rel=1e-6)
             assert ("gini_with_padding" in ours) == ("gini_with_padding" in theirs)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_experts_name_the_tokens_that_they_serve(measured, expected, name):
+    for of_rank in measured:
+        assert of_rank[name]["served"] == expected[name]["served"]
+        for ours_EE, theirs in zip(of_rank[name]["pairs"], expected[name]["pairs"], strict=True):
+            found = {(left, right): int(ours_EE[left, right]) for left, right in ours_EE.triu().nonzero().tolist()}
+            assert found == theirs
 
 
 def test_the_conventions_differ_in_these_data(expected):

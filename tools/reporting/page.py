@@ -11,8 +11,11 @@ from tools.reporting.curves import BUCKETS, curves
 from tools.reporting.health import RULES, STATUSES
 from tools.reporting.keymaps import key_maps
 from tools.reporting.routing import MEASURES, MOST_COUNTS, routing
+from tools.reporting.served import served
 from tools.reporting.table import COLUMNS, Entry
+from tools.runs import Run
 from tools.study import T_95
+from trainer.served import MOST_PAIRS
 from trainer.text import visible
 
 HERE = Path(__file__).parent
@@ -30,7 +33,7 @@ def page_data(
 ) -> dict[str, Any]:
     """All that the page shows; `with_umap`: also maps of keys by UMAP.
 
-    Expert by expert (usage, maps of keys) it shows the best run of each variant, so that pages of many runs stay small.
+    Expert by expert (usage, pairs, maps of keys) it shows the best run of each variant: pages of many runs stay small.
     """
     chosen = {id(_best(variant)) for variant in variants}
     runs = []
@@ -44,6 +47,7 @@ def page_data(
                 "batches_per_epoch": _steps_per_epoch(entry),
                 "curves": curves(entry.run),
                 "routing": routing(entry.run, shows_experts),
+                "served": _served(entry.run) if shows_experts else None,
                 "maps": key_maps(entry.run.folder, with_umap) if shows_experts else None,
             }
         )
@@ -64,9 +68,14 @@ def page_data(
             "anomalies": RULES,
             "buckets": BUCKETS,
             "counts": MOST_COUNTS,
+            "pairs": MOST_PAIRS,
             "has_umap": with_umap,
         },
     }
+
+
+def _served(run: Run) -> dict[str, Any] | None:
+    return None if run.experiment is None else served(run.folder, run.experiment.model.some.num_experts)
 
 
 def zip_cells(entry: Entry) -> list[tuple[Any, str]]:

@@ -48,7 +48,9 @@ function showRouting() {
   chart("usage-map", () => drawUsageMap(usage));
   chart("usage-histogram", () => drawHistogram(usage));
   byId("usage-note").textContent = usage ? `Expert by layer: ${usage.what}. A page holds this for the best run of each variant, at ${report.notes.counts} steps at most.` : "";
-  const pairs = run?.routing?.pairs[Number(byId("usage-layer").value)] ?? [];
+  const pairs = run?.served?.pairs[Number(byId("usage-layer").value)] ?? [];
+  const when = run?.served ? ` at step ${figure(run.served.step, 0)}, the newest evaluation,` : "";
+  byId("pair-note").textContent = `Expert by expert,${when} in the layer chosen above. A run names the ${report.notes.pairs} pairs that most validation tokens chose; where it has so many, of others nothing is known. A page holds this for the best run of each variant.`;
   chart("pair-chart", () => drawPairs(run, pairs));
   pairTable.show(pairs.map(([left, right, tokens]) => ({
     cells: { pair: cell(`${left} and ${right}`, `${left} and ${right}`), tokens: cell(tokens, figure(tokens, 0)) },
@@ -59,7 +61,6 @@ const pairTable = new SortableTable(byId("pair-table"), [
   column("pair", "Experts", null), column("tokens", "Validation tokens that chose both", 0),
 ], { key: "tokens", descending: true });
 
-// Expert by expert; a run records the pairs of which there are most, and of no others is anything known.
 function drawPairs(run, pairs) {
   const both = pairs.flatMap(([left, right, tokens]) => [[left, right, tokens], [right, left, tokens]]);
   const experts = run?.cells.num_experts[0];
@@ -71,7 +72,7 @@ function drawPairs(run, pairs) {
       marker: { symbol: "square", size, color: both.map(([, , tokens]) => tokens), colorscale: scale(), cmin: 0, line: { width: 1, color: colour("quiet") }, colorbar: { thickness: 12, title: { text: "tokens" } } },
       hovertemplate: "experts %{x} and %{y}<br>%{customdata} tokens<extra></extra>",
     }],
-    empty: "No pairs of experts were recorded for this layer.",
+    empty: "No pairs of experts are known of this run and layer.",
     layout: { hovermode: "closest", xaxis: axis, yaxis: { ...axis, autorange: false, range: [experts - 0.5, -0.5], scaleanchor: "x" } },
   };
 }
@@ -143,7 +144,7 @@ function showMap() {
   const parts = ["A point is an expert's key, coloured by its usage; positions of different steps compare, as one projection holds for all."];
   parts.push("A page has maps for the best run of each variant, at the checkpoints that it still has.");
   if (!report.notes.has_umap) parts.push("--umap adds UMAP.");
-  parts.push("tools/inspect_experts.py names the tokens that an expert serves.");
+  if (run?.served) parts.push(`The tokens that an expert serves most are those of the evaluation at step ${figure(run.served.step, 0)}.`);
   byId("map-note").textContent = parts.join(" ");
   chart("map-chart", () => drawMap(run));
 }
@@ -154,6 +155,8 @@ function drawMap(run) {
   const [place, name] = [Number(byId("map-step").value), byId("map-projection").value];
   const held = layer.projections[name];
   const usage = layer.usage[place];
+  const served = run.served?.tokens[Number(byId("map-layer").value)];
+  const tokensOf = (expert) => (served ? `<br>serves ${plainText(served[expert]) || "no validation token"}` : "");
   const [all_x, all_y] = [held.x.flat(), held.y.flat()];
   const range = (values) => {
     const [low, high] = [Math.min(...values), Math.max(...values)];
@@ -165,7 +168,7 @@ function drawMap(run) {
     traces: [{
       type: "scatter", mode: "markers", x: held.x[place], y: held.y[place],
       marker: { size: 9, color: usage, colorscale: scale(), line: { width: 1, color: colour("quiet") }, colorbar: { thickness: 12, title: { text: "usage" } } },
-      text: usage.map((value, expert) => `expert ${expert}<br>usage ${value}<br>nearest ${layer.near[place][expert].join(", ")}`),
+      text: usage.map((value, expert) => `expert ${expert}<br>usage ${value}<br>nearest ${layer.near[place][expert].join(", ")}${tokensOf(expert)}`),
       hovertemplate: "%{text}<extra></extra>",
     }],
     layout: { hovermode: "closest", xaxis: { title: { text: title(0) }, range: range(all_x) }, yaxis: { title: { text: title(1) }, range: range(all_y) } },

@@ -36,7 +36,7 @@ def routing(run: Run, with_experts: bool) -> dict[str, Any] | None:
     Returns:
         `measures`: name to `steps` (S), `values` (S x L) and `records`, from how many those were taken: evaluations evenly,
         of key movement the largest in each of S stretches; `counts` (with_experts): `steps` and `values` (S x L x E),
-        choices by real validation tokens; `pairs`: of the last evaluation (L x P) [expert, expert, tokens].
+        choices by real validation tokens.
     """
     evals = [record for record in run.evals if record["layers"]]
     if run.experiment is None or not evals:
@@ -61,7 +61,6 @@ def routing(run: Run, with_experts: bool) -> dict[str, Any] | None:
             "steps": [record["step"] for record in counted],
             "values": [[layer["expert_counts"] for layer in record["layers"]] for record in counted],
         },
-        "pairs": [_pairs(layer.get("coselected"), E) for layer in evals[-1]["layers"]],
     }
 
 
@@ -90,10 +89,3 @@ def _short(value: Any) -> float | None:
 
 def _is_counts(counts: Any, num_experts: int) -> bool:
     return isinstance(counts, list) and len(counts) == num_experts and all(number(count) is not None for count in counts)
-
-
-def _pairs(pairs: Any, num_experts: int) -> list[list[int]]:
-    if not isinstance(pairs, list):
-        return []
-    sound = [p for p in pairs if isinstance(p, list) and len(p) == 3 and all(type(v) is int and v >= 0 for v in p)]
-    return [pair for pair in sound if max(pair[:2]) < num_experts]
