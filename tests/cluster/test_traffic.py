@@ -1,14 +1,18 @@
-"""What a job of four nodes sends over slow links, beside what `--dry_run` says it will."""
+"""What a job sends over slow links and how long its steps take, beside what the plan says."""
 
 import shutil
+import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.cluster.cluster import Cluster, Ending, why_not
 from tests.cluster.jobs import B3, trainer_environment
-from tests.launch import FP32, losses, records
+from tests.launch import FP32, REPOSITORY, losses, records
 from trainer.config import load_experiment
 from trainer.distributed import Launch, Layout
 from trainer.ds_config import load_ds_config
@@ -18,21 +22,16 @@ NODES, RATE = 4, "200mbit"
 SETTINGS = ["parallel.ep_size=4", "data.train_documents=1500", "data.val_documents=16", "train.eval_every=1000",
             "checkpoint.every=1000", "sample.tokens=0", "log.tensorboard=false", "train.batch_size=16"]  # fmt: skip
 STEPS = (2, 12)
+RATES = {"100mbit": 0.0125, "200mbit": 0.025, "1gbit": 0.125}
+"""Of the links, and in 1e9 bytes/s."""
 
 
 @pytest.mark.long
 def test_four_nodes_send_over_slow_links_what_the_plan_says(tmp_path):
     """Ten steps of quickstart in fp32, the difference of two jobs, so that starting and ending do not count."""
-    if (reason := why_not()) is not None:
-        pytest.skip(reason)
-    folder = Path(tempfile.mkdtemp(prefix="some-traffic-"))
-    cluster = Cluster.up(folder, nodes=NODES, cpus=2)
-    try:
+    with _cluster(NODES) as cluster:
         cluster.network.shape(RATE)
         jobs = [_sent_by_a_job(cluster, tmp_path / str(steps), steps) for steps in STEPS]
-    finally:
-        cluster.down()
-        shutil.rmtree(folder)
     (sent_early, tokens_early), (sent_late, tokens_late) = jobs
     measured = [(late - early) / (STEPS[1] - STEPS[0]) for early, late in zip(sent_early, sent_late, strict=True)]
     tokens = (tokens_late - tokens_early) / (STEPS[1] - STEPS[0])
@@ -53,6 +52,37 @@ def test_four_nodes_send_over_slow_links_what_the_plan_says(tmp_path):
     )
     # Headers and acknowledgements of TCP take some percent, and tokens do not spread evenly over the ranks.
     assert 0.95 * planned < sum(measured) / NODES < 1.15 * planned
+
+
+@pytest.mark.long
+def test_a_step_over_slow_links_is_timed_beside_the_plan(tmp_path):
+    """Two nodes that share the pool, each with a core: `-s` shows predicted and measured, which depend on the machine."""
+    with _cluster(2) as cluster:
+        for rate, gigabytes in RATES.items():
+            cluster.network.shape(rate)
+            found = tmp_path / f"{rate}.yaml"
+            plan = [sys.executable, str(REPOSITORY / "tools" / "plan.py"), "quickstart", "--set", "parallel.ep_size=2"]
+            job = ["srun", "--nodes=2", "--ntasks-per-node=1", *plan, "--ds_config", FP32, "--machine", "xeon2"]
+            said = cluster.run(*job, "--calibrate", str(found), cwd=tmp_path, environment=trainer_environment(), timeout=300)
+            print(f"\n{rate}\n{said}")
+            assert "step: predicted" in said
+            link = yaml.safe_load(found.read_text(encoding="utf-8"))["between_nodes_gb_s"]
+            # The bucket of the shaper lets a first part through at once.
+            assert 0 < link < 1.1 * gigabytes
+
+
+@contextmanager
+def _cluster(nodes: int) -> Iterator[Cluster]:
+    """One of its own, since links of it are slow."""
+    if (reason := why_not()) is not None:
+        pytest.skip(reason)
+    folder = Path(tempfile.mkdtemp(prefix="some-traffic-"))
+    cluster = Cluster.up(folder, nodes=nodes, cpus=2)
+    try:
+        yield cluster
+    finally:
+        cluster.down()
+        shutil.rmtree(folder)
 
 
 def _sent_by_a_job(cluster: Cluster, folder: Path, steps: int) -> tuple[list[int], int]:
