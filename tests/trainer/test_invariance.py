@@ -116,6 +116,7 @@ def test_resume_on_the_same_ranks_is_bitwise(runs, unbroken, start, settings):
     assert losses(ours) == losses(unbroken)
     plans = [[(plan["step"], plan["layers"]) for plan in records(folder, "placement")] for folder in (ours, unbroken)]
     assert plans[0] == plans[1]
+    assert (ours / "experts.json").read_text() == (unbroken / "experts.json").read_text()
     step = f"checkpoints/step_{STEPS:08d}"
     for file in ("core", "optimizer", "keys"):
         theirs = load_file(unbroken / step / f"{file}.safetensors")

@@ -136,6 +136,8 @@ def test_a_run_leaves_what_the_readme_says(finished):
     assert {"val_loss", "val_ppl", "nats_per_story", "bits_per_byte", "layers"} <= set(evaluation)
     assert len(evaluation["layers"]) == 4 and {"gini", "entropy_bits", "experts_used"} <= set(evaluation["layers"][0])
     assert evaluation["val_loss"] < records(output_dir, "eval")[0]["val_loss"]
+    served = json.loads((output_dir / "experts.json").read_text())
+    assert served["step"] == 4 and [len(layer["tokens"]) for layer in served["layers"]] == [16] * 4
 
 
 def test_a_finished_run_says_so_and_how_to_start_anew(finished, monkeypatch, capsys):
