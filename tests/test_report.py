@@ -21,6 +21,7 @@ from tools.reporting.curves import extremes, number
 from tools.reporting.health import FEWEST, WINDOW, _median_before, anomalies
 from tools.reporting.page import embedded_json
 from tools.reporting.routing import MOST_EVALUATIONS, routing
+from tools.reporting.served import served
 from tools.reporting.table import Entry
 from tools.runs import Run, read_run
 from tools.snapshots import Watched
@@ -128,6 +129,26 @@ def test_what_experts_do_is_there_for_the_best_run_of_a_variant(report, data):
     layer = maps["layers"][0]
     assert np.shape(layer["usage"]) == (3, 8) and np.shape(layer["near"]) == (3, 8, 3)
     assert np.shape(layer["projections"]["PCA"]["x"]) == (3, 8)
+
+
+SERVED = [{"tokens": [[["a", 2], ["\x1b[31m<b>", 1]], []], "coselected": [[0, 1, 7], [0, 2, 5], [0, -1, 3], "x"]}]
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        "", "[1]", '{"step": 3', '{"layers": []}', '{"step": null, "layers": []}', '{"step": 1e999, "layers": []}',
+        '{"step": 3, "layers": [{"tokens": [[], []]}]}', '{"step": 3, "layers": [{"tokens": [[]], "coselected": []}]}',
+        '{"step": 3, "layers": [{"tokens": [[["a"]], []], "coselected": []}]}', 9999 * "[",
+    ],
+)  # fmt: skip
+def test_what_experts_serve_is_read_with_care(tmp_path, damaged):
+    assert served(tmp_path, 2) is None
+    path = tmp_path / "experts.json"
+    path.write_text(json.dumps({"step": 3, "layers": SERVED}))
+    assert served(tmp_path, 2) == {"step": 3, "pairs": [[[0, 1, 7]]], "tokens": [["a 2 · \\x1b[31m<b> 1", ""]]}
+    path.write_text(damaged)
+    assert served(tmp_path, 2) is None
 
 
 def test_cost_follows_from_the_records(report, data):

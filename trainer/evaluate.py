@@ -28,7 +28,7 @@ class Evaluation:
     served: list[torch.Tensor]
     """Of each SoME layer, the tokens that each expert serves most, as `ServedTokens.most` gives them."""
     pairs: list[torch.Tensor]
-    """Of each SoME layer (E, E) int64, how many real tokens chose both experts."""
+    """Of each SoME layer (E, E) int32, how many real tokens chose both experts."""
 
 
 @torch.no_grad()

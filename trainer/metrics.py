@@ -77,7 +77,7 @@ class RoutingMeter:
 
     @property
     def pairs(self) -> list[torch.Tensor]:
-        """Of each layer (E, E) int64, how many real tokens chose both experts: over all ranks once there is a result."""
+        """Of each layer (E, E) int32, how many real tokens chose both experts: over all ranks once there is a result."""
         return [stats.pairs_EE for stats in self._statistics]
 
     def _layer(self, layer: int, placement: Placement) -> dict[str, Any]:
