@@ -129,7 +129,7 @@ BAD = {
     "experiment closed": Bad(
         ["--experiment", "closed.yaml"], ["--experiment closed.yaml: cannot be read (Permission denied)"]
     ),
-    "ds missing": Bad(["--ds_config", "none.json"], ["--ds_config none.json: cannot be read (No such file"]),
+    "ds missing": Bad(["--ds_config", "none.json"], ["error: --ds_config none.json: cannot be read (No such file"]),
     "ds device": Bad(["--ds_config", "/dev/zero"], ["--ds_config /dev/zero: is a device, not a file"]),
     "output file": Bad(
         ["--output_dir", "tiny.yaml"], ["--output_dir tiny.yaml: cannot be used", "is a file", "choose another"]

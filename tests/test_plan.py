@@ -51,6 +51,17 @@ def ep_size(option: dict) -> int:
     return option["deployment"]["layout"]["ep_size"]
 
 
+def test_the_file_is_there_even_if_nobody_reads_what_is_printed(tmp_path, monkeypatch):
+    def closed(*_) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr(plan, "report", closed)
+    path = tmp_path / "plan.json"
+    with pytest.raises(BrokenPipeError):
+        plan.main(["b3", "--json", str(path)])
+    assert json.loads(path.read_text())["options"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -42,7 +42,7 @@ def test_other_commands_name_what_exists(command):
         spec = importlib.util.find_spec(words[2])
         is_package = spec is not None and spec.submodule_search_locations is not None
         assert importlib.util.find_spec(f"{words[2]}.__main__") if is_package else spec, command
-    elif words[0] in ("sbatch", "python"):
+    elif words[0] in ("sbatch", "python", "torchrun"):
         script = next(word for word in words[1:] if word.endswith((".sh", ".py")))
         assert (REPOSITORY / script).exists(), command
     else:

@@ -336,6 +336,16 @@ def test_what_cannot_work_is_refused_before_anything_runs(arguments, named, tmp_
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(("scale", "folder"), [("full", "runs/reproduce"), ("small", "runs/reproduce_small")])
+def test_each_scale_has_a_folder_of_its_own(scale, folder, tmp_path, monkeypatch):
+    """A run at one scale cannot go on at the other."""
+    monkeypatch.chdir(tmp_path)
+    started = []
+    monkeypatch.setattr(reproduce, "start", lambda command: started.append(command))
+    assert call(SOME, "--scale", scale, "--allow_fewer_documents", "--task", "0") == 0
+    assert started[0][-1] == f"{folder}/{SOME}/seed_0"
+
+
 def test_a_task_is_one_run_of_the_list(tmp_path, monkeypatch):
     words = [SOME, "v4-a4", "--control", "none", "--control", "dense", "--seeds", "2", "--output_dir", str(tmp_path)]
     listed = subprocess.run(

@@ -132,7 +132,7 @@ def test_a_signal_keeps_a_run_from_starting(tmp_path, monkeypatch):
     ("flags", "message"),
     [
         (["--jobs", "0"], "--jobs 0 must be at least 1"),
-        (["--only", "none"], "--only none: unknown; known: "),
+        (["--only", "none"], "--only none: unknown; known: 'SoME, corrected rule', 'SoME, v4 rule', "),
         (["--set", "train.step=3"], "train.step: unknown key"),
         (["--ds_config", "none.json"], "--ds_config none.json: cannot be read (No such file"),
         (["--ds_config", __file__], "test_study.py: is not JSON"),

@@ -96,11 +96,13 @@ def plan(arguments: argparse.Namespace) -> int:
     model = experiment.model
     usage = read_usage(arguments.usage, model.num_layers, model.some.num_experts, model.some.top_k)
     standing, options = as_it_stands(experiment, cluster, usage), all_options(experiment, cluster, usage)
-    print(report(experiment, cluster, standing, options, arguments.usage))
+    # The files first: whoever reads what is printed may stop early.
     if arguments.json:
         write_json(Path(arguments.json), experiment, cluster, standing, options)
     if arguments.plot:
         draw(Path(arguments.plot), experiment, cluster, arguments.usage)
+    print(report(experiment, cluster, standing, options, arguments.usage))
+    if arguments.plot:
         print(f"picture: {arguments.plot}")
     return 0 if options[0].fits else EXIT_FAILED
 

@@ -1,7 +1,7 @@
 """One page of any number of runs, to read offline and to keep, with its tables as files beside it.
 
     python tools/report.py runs/study runs/a4 -o report.html       # also results.csv and report.md in the same folder
-    python tools/report.py runs --baseline study/attention_only --price 2.5 --watts 700
+    python tools/report.py runs/study --baseline attention_only --mixed_data --price 2.5 --watts 700
 
 A run is a folder with config.yaml or metrics.jsonl; other folders are searched for such. Those two files, failed.txt, the
 lock and the checkpoints' key stores are all that is read, so runs may be unfinished, running, crashed or damaged.

@@ -79,14 +79,17 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--scale", choices=["full", "small"], default="full", help="small: a reduction that takes about a minute")
     add("--set", action="append", default=[], metavar="a.b=c", help="change one key of every experiment")
     add("--ds_config", default=str(REPOSITORY / "ds_configs" / "zero2.json"), metavar="FILE", help="DeepSpeed JSON")
-    add("--output_dir", default="runs/reproduce", metavar="DIR", help="folder of all runs (default runs/reproduce)")
+    add("--output_dir", metavar="DIR", help="folder of all runs (default runs/reproduce, small: runs/reproduce_small)")
     add("--max_steps", type=int, metavar="N", help="stop every run early; the schedule stays the experiment's")
     add("--allow_fewer_documents", action="store_true", help="run also where the data has fewer; the table marks it")
     add("--ranks", type=int, default=1, metavar="N", help="processes of each run, on this machine (default 1)")
     add("--collect", action="store_true", help="run nothing; write the table of what is there")
     add("--task", metavar="N|list", help="run only number N of the list, from 0, and write no table; list = print the list")
     add("--json", metavar="FILE", help="where the results go, and beside it as .md (default DIR/results.json)")
-    return parser.parse_intermixed_args(arguments)
+    chosen = parser.parse_intermixed_args(arguments)
+    # A run at one scale does not go on at the other.
+    chosen.output_dir = chosen.output_dir or ("runs/reproduce" if chosen.scale == "full" else "runs/reproduce_small")
+    return chosen
 
 
 def main(arguments: list[str] | None = None) -> None:

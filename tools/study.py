@@ -104,7 +104,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--seeds {arguments.seeds} and --jobs {arguments.jobs} must be at least 1")
     for name in arguments.only or []:
         if name not in study.variants:
-            raise ValueError(f"--only {name}: unknown; known: {', '.join(study.variants)}")
+            raise ValueError(f"--only {name}: unknown; known: {', '.join(map(repr, study.variants))}")
     for name in study.variants:
         load_experiment(study.experiment, [*study.settings(name), *arguments.set])
     read_precision(arguments.ds_config)

@@ -207,6 +207,7 @@ def check_resumable(folder: Path, saved: RunState, ours: RunState) -> None:
     # A key that is newer than the checkpoint has its default, which is how the checkpoint was trained.
     defaults = Experiment().to_dict()
     for key, (old, new) in differing_keys(merge(defaults, saved.experiment), merge(defaults, ours.experiment)).items():
+        new, old = (value if isinstance(value, str) else json.dumps(value) for value in (new, old))  # as --set reads them
         raise ValueError(f"{key} = {new} but the checkpoint {folder} has {old}; {cure}")
     checks = [
         ("precision", saved.precision, ours.precision, "use the --ds_config it was trained with"),

@@ -226,7 +226,9 @@ def decide(arguments: argparse.Namespace, launch: Launch) -> Job:
         tokenizer_hash="",
     )
     output_dir = Path(arguments.output_dir or Path("runs") / experiment.name)
-    lock = FolderLock.existing(output_dir) if launch.rank == 0 and not arguments.dry_run else None
+    if arguments.dry_run:  # starts nothing, so it does not matter what lies in the folder
+        return Job(experiment, launch, layout, ds_config, output_dir, state, found=None, starts_anew=False, lock=None)
+    lock = FolderLock.existing(output_dir) if launch.rank == 0 else None
     try:
         found = find_checkpoint(arguments.resume, output_dir, lambda folder, saved: check_resumable(folder, saved, state))
     except OSError as error:

@@ -78,8 +78,9 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     Raises:
         ValueError: a file that cannot be read, is not JSON, or holds something else.
     """
+    text = _read(path, what)
     try:
-        values = json.loads(_read(path, what), object_pairs_hook=_unique)
+        values = json.loads(text, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:  # a whole number of thousands of digits is a plain ValueError
         raise ValueError(f"{what}: is not JSON ({error}); mend the file") from None
     return _mapping(values, what)

@@ -212,7 +212,9 @@ def test_a_folder_of_another_live_run_is_refused_before_anything_is_touched(fini
             call(monkeypatch, *arguments, "--output_dir", str(copy), *more)
         assert ended.value.code == REFUSED and "belongs to a live run (host" in capsys.readouterr().err
     assert contents(copy) == before and not (tmp_path / "run.1").exists()
-    call(monkeypatch, *arguments, "--output_dir", str(copy), "--dry_run")
+    # A dry run starts nothing: neither the owner nor a run of other settings is in its way.
+    call(monkeypatch, *arguments, "--output_dir", str(copy), "--dry_run", "--set", "control=attention_only")
+    assert contents(copy) == before
 
 
 def test_a_run_that_died_before_its_first_checkpoint_starts_over_in_place(finished, monkeypatch, tmp_path):
