@@ -109,3 +109,12 @@ class StandInJob:
     def wait_for(self, line: str, times: int = 1) -> None:
         """Wait until the ranks have so often written a line that begins with `line`."""
         wait_until(lambda: sum(written.startswith(line) for written in self.log) >= times, 90, f"{times} x {line!r}")
+
+    def wait_for_begin(self, times: int = 1) -> None:
+        """Wait until both ranks have begun so often."""
+        wait_until(lambda: begins_of_both(self.log) >= times, 90, f"{times} x the begin of both ranks")
+
+
+def begins_of_both(lines: list[str]) -> int:
+    """How often both ranks have begun, by their log: the nodes start them one after the other."""
+    return min(sum(line.startswith(f"rank {rank} begins") for line in lines) for rank in (0, 1))

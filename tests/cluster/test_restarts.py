@@ -8,7 +8,7 @@ import re
 import pytest
 
 from tests.cluster.cluster import Ending
-from tests.cluster.jobs import SERIES, StandInJob, stand_in_environment
+from tests.cluster.jobs import SERIES, StandInJob, begins_of_both, stand_in_environment
 from tests.cluster.processes import wait_until
 
 FOREVER = "steps=100000 every=10"
@@ -19,7 +19,7 @@ def test_ranks_that_a_signal_stops_save_and_the_job_goes_on_from_there(cluster, 
     cases = {"SIGUSR2": ["--signal=USR2"], "SIGTERM": ["--signal=TERM"], "B": ["--batch", "--signal=USR2"]}
     jobs = {name: StandInJob(cluster, tmp_path / name, FOREVER) for name in cases}
     for name, job in jobs.items():
-        job.wait_for("rank 1 begins")
+        job.wait_for_begin()
         cluster.run("scancel", *cases[name], job.id)
     for name, job in jobs.items():
         job.wait_for("rank", times=6)  # each began, saved and began again
@@ -39,13 +39,13 @@ def test_a_job_that_slurm_starts_again_saves_first_and_starts_anew_only_once(clu
     """Requeued from outside, then preempted, without a time of grace: the ranks have KillWait from SIGTERM on."""
     first, second = (StandInJob(cluster, tmp_path / name, FOREVER, "--resume", "never") for name in ("first", "second"))
     for job in (first, second):
-        job.wait_for("rank 1 begins")
+        job.wait_for_begin()
     cluster.run("scontrol", "requeue", first.id)
-    first.wait_for("rank 1 begins", times=2)
+    first.wait_for_begin(times=2)
     urgent = cluster.submit("--partition=urgent", "--nodes=2", "--exclusive", "--wrap=true", cwd=tmp_path)
     assert cluster.wait(urgent, 60).state == "COMPLETED"
     for job, starts in ((first, 3), (second, 2)):
-        job.wait_for("rank 1 begins", times=starts)
+        job.wait_for_begin(times=starts)
         cluster.run("scancel", job.id)
         steps = ["0", *(line.split()[4] for line in job.log if line.startswith("rank 0 saves"))][:starts]
         begins = [line for line in job.log if line.startswith("rank 0 begins")]
@@ -82,7 +82,8 @@ def test_a_task_of_an_array_starts_itself_again_and_no_other(cluster, tmp_path):
     logs = {name: tmp_path / "runs" / name / "log" for name in ("b2", "b3")}
 
     def begins(name: str) -> int:
-        return logs[name].read_text(encoding="utf-8").count("rank 1 begins") if logs[name].exists() else 0
+        lines = logs[name].read_text(encoding="utf-8").splitlines() if logs[name].exists() else []
+        return begins_of_both(lines)
 
     wait_until(lambda: begins("b2") and begins("b3"), 60, "both tasks")
     cluster.run("scancel", "--signal=USR2", f"{array}_3")
@@ -97,7 +98,7 @@ def test_a_job_survives_a_power_cut(cluster, tmp_path):
     wait_until(lambda: len(job.checkpoints) > 1, 60, "checkpoints")
     cluster.crash("node1")
     cluster.boot("node1")
-    job.wait_for("rank 0 begins", times=2)
+    job.wait_for_begin(times=2)
     cluster.run("scancel", job.id)
     assert cluster.wait(job.id, 60).restarts == 1
     # The other node's rank has saved when SLURM ended the job.
@@ -109,9 +110,9 @@ def test_a_job_survives_a_power_cut(cluster, tmp_path):
 def test_the_notice_comes_before_the_time_limit(cluster, tmp_path):
     """SLURM counts limits in minutes and looks at them every half."""
     job = StandInJob(cluster, tmp_path, FOREVER, sbatch=["--time=2", "--signal=USR2@60"])
-    job.wait_for("rank 1 begins")
+    job.wait_for_begin()
     wait_until(lambda: any(line.startswith("rank 0 saves") for line in job.log), 120, "the notice", every=1)
-    job.wait_for("rank 0 begins", times=2)
+    job.wait_for_begin(times=2)
     cluster.run("scancel", job.id)
     assert cluster.wait(job.id, 60).restarts == 1
     assert next(line for line in job.log if line.startswith("rank 0 saves")).endswith("SIGUSR2")
