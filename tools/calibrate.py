@@ -31,6 +31,7 @@ from tools.peak_memory import PeakMemory
 from tools.runs import check_writable
 from trainer.cluster import Machine
 from trainer.config import Experiment
+from trainer.console import Console
 from trainer.cost import TOUCHES
 from trainer.distributed import (
     Launch,
@@ -96,22 +97,22 @@ def calibrate(experiment: Experiment, ds_config: str, base: Machine, path: Path)
     device, sharding, freed_memory = choose_device(launch), Sharding.of(config), FreedMemory()
     set_numerics(experiment.train.deterministic)
     init_process_group(device, experiment.parallel.timeout_minutes)
-    say = (lambda text: print(text, flush=True)) if launch.rank == 0 else (lambda text: None)
+    console = Console(launch.rank == 0)
     try:
-        say("measuring products, memory and links")
+        console.say("measuring products, memory and links")
         machine = measure_machine(experiment.model, base, launch, device)
         fixed = step_seconds(experiment, config, sharding, 1e-6 * machine.layer_us, device)
         machine = replace(machine, step_us=1e6 * fixed)
         # What the C library kept of it would serve the steps and hide what they need.
         freed_memory.release(slack_bytes=0)
-        say(f"taking {WARM_UP + STEPS} steps of {experiment.name}, {experiment.train.batch_size} rows each")
+        console.say(f"taking {WARM_UP + STEPS} steps of {experiment.name}, {experiment.train.batch_size} rows each")
         measured = measure_steps(experiment, layout, config, sharding, device)
         cluster = Cluster(machine, launch.world_size // launch.local_world_size, launch.local_world_size, sharding)
         planned = evaluate(experiment, cluster, Usage(measured.usage_LE, is_measured=True), layout, "contiguous", 0)
         if launch.rank == 0:
             path.write_text(yaml.safe_dump(dataclasses.asdict(machine), sort_keys=False), encoding="utf-8")
-        say(compare(planned, measured))
-        say(f"machine: {path}")
+        console.say(compare(planned, measured))
+        console.say(f"machine: {path}")
     finally:
         dist.destroy_process_group()
 
