@@ -54,6 +54,8 @@ def command_lines() -> list[str]:
 def leave_running(cluster: Cluster, node: str, *command: str) -> None:
     """Start a program on a node that stays when the command that started it has ended."""
     cluster.execute(node, "sh", "-c", 'setsid --fork "$@" >/dev/null 2>&1', "sh", *command)
+    # setsid does not wait until its child has become the program.
+    wait_until(lambda: " ".join(command).strip() in command_lines(), 30, f"{command[0]} on {node}")
 
 
 def test_clusters_side_by_side_do_not_meet_and_leave_nothing_behind(cluster, capfd):
