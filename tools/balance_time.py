@@ -25,8 +25,8 @@ from trainer.checkpoint import read_state
 from trainer.config import Experiment
 from trainer.data import micro_batches, open_data
 from trainer.distributed import Launch, Layout
+from trainer.job import train_order
 from trainer.numerics import set_numerics
-from trainer.run import train_order
 
 
 @dataclass(frozen=True)

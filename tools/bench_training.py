@@ -19,6 +19,7 @@ from tools.runs import REPOSITORY, Run, command, read_run, start
 from trainer.config import Experiment, load_experiment
 from trainer.data import check_source, micro_batches, open_data, prepare_data
 from trainer.distributed import Launch
+from trainer.job import train_order
 
 GIB = 2**30
 WARM_UP = 2
@@ -219,7 +220,7 @@ def prepared_data(experiment: Experiment) -> Path:
 def batch_times(experiment: Experiment, run: Run) -> list[float]:
     """Milliseconds that rank 0 needs for the batches of each counted step, and for nothing else."""
     dataset, how = open_data(prepared_data(experiment)), run.start
-    order, times = trainer.run.train_order(experiment, dataset), []
+    order, times = train_order(experiment, dataset), []
     for step in range(run.step):
         began = time.perf_counter()
         micro_batches(dataset.train, order.sequence_ids(step), 0, how["world_size"], how["micro_batch"])

@@ -159,7 +159,7 @@ class RunLog:
             output_dir.mkdir(parents=True, exist_ok=True)
             if self._path.exists():
                 self._drop_after(resumed_step, evaluates)
-            if not _is_of(self._experts, resumed_step):
+            if not _is_not_after(self._experts, resumed_step):
                 remove(self._experts)
             self._file = open(self._path, "a", encoding="utf-8", buffering=1)
         if self.error is not None:
@@ -224,7 +224,7 @@ class RunLog:
             self._board.close()
 
 
-def _is_of(path: Path, step: int) -> bool:
+def _is_not_after(path: Path, step: int) -> bool:
     """Whether an `experts.json` is of this step or of one before."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))["step"] <= step

@@ -9,14 +9,12 @@ Everything that can be refused is refused before the process group forms.
 """
 
 import argparse
-import math
 import os
 import signal
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 if __name__ == "__main__":
     # The launchers run this file by path: make the packages beside it importable without an installation, and keep this
@@ -32,7 +30,7 @@ from trainer.checkpoint import RunState, check_resumable, load_checkpoint
 from trainer.command_line import parse_arguments
 from trainer.config import Experiment, load_experiment
 from trainer.console import Console, say
-from trainer.data import Dataset, TrainOrder, check_source, open_data, prepare_data
+from trainer.data import check_source, open_data, prepare_data
 from trainer.diagnose import NumericalFault
 from trainer.distributed import (
     Launch,
@@ -49,13 +47,14 @@ from trainer.ds_config import is_bf16, load_ds_config
 from trainer.engine import Engine, check_ds_config
 from trainer.exit_codes import DONE, FAILED, NOT_FINITE, REFUSED, REQUEUE
 from trainer.generate import generate
+from trainer.job import Job, train_order
 from trainer.listing import print_experiments
 from trainer.lock import FolderLock
 from trainer.loop import Trainer
 from trainer.metrics import RunLog
 from trainer.numerics import set_numerics
-from trainer.plan import Deployment, Sharding, check_expert_size, check_memory, describe, most_replicas
-from trainer.resume import Found, find_checkpoint
+from trainer.plan import check_expert_size, check_memory, describe
+from trainer.resume import find_checkpoint
 from trainer.runfolder import began_here, check_writable, set_aside, write_config
 from trainer.stopping import StopSignals
 from trainer.storage import StorageError, describe_free, is_failing
@@ -92,59 +91,12 @@ def main() -> None:
         sys.exit(code)
 
 
-@dataclass
-class Job:
-    """What is decided before the ranks meet."""
-
-    experiment: Experiment
-    launch: Launch
-    layout: Layout
-    ds_config: dict[str, Any]
-    output_dir: Path
-    state: RunState
-    """Step 0 of this experiment; `complete` fills in what only the data can tell."""
-    found: Found | None
-    """What to resume from; None = step 0."""
-    starts_anew: bool
-    """With --resume never: a run that lies in the folder is moved aside."""
-    lock: FolderLock | None
-    """On rank 0, from the start where the folder has one, else since the folder was prepared: no other run goes on in it."""
-
-    @property
-    def checkpoint(self) -> Path | None:
-        """The folder to resume from."""
-        return None if self.found is None else self.found.folder
-
-    @property
-    def saved(self) -> RunState | None:
-        """The state in `checkpoint`."""
-        return None if self.found is None else self.found.state
-
-    @property
-    def continues(self) -> bool:
-        """Whether it goes on in the folder of its checkpoint."""
-        return self.checkpoint is not None and self.output_dir.resolve() in self.checkpoint.resolve().parents
-
-    def complete(self, dataset: Dataset) -> None:
-        """Take from the data the length of the run and the identity of the data.
-
-        Raises:
-            ValueError: a training split smaller than one batch, or other data than the checkpoint's.
-        """
-        train = self.experiment.train
-        order = train_order(self.experiment, dataset)
-        self.state.total_steps = train.steps or math.ceil(train.epochs * order.steps_per_epoch)
-        self.state.data_fingerprint, self.state.tokenizer_hash = dataset.fingerprint, dataset.tokenizer_hash
-        if self.saved is not None:
-            check_resumable(self.checkpoint, self.saved, self.state)
-
-
 def run(arguments: argparse.Namespace, launch: Launch) -> int:
     """One run from its flags to its last checkpoint; its exit code."""
     job = decide(arguments, launch)
     if arguments.dry_run:
         if launch.rank == 0:
-            print(describe(job.experiment, deployment(job)))
+            print(describe(job.experiment, job.deployment))
         return DONE
     try:
         code = carry_out(job, arguments)
@@ -163,7 +115,7 @@ def carry_out(job: Job, arguments: argparse.Namespace) -> int:
         report_skipped(job)
     launch.export()
     check_gpus(launch)
-    check_memory(job.experiment, deployment(job))
+    check_memory(job.experiment, job.deployment)
     check_ds_config(arguments.ds_config, job.ds_config)
     check_source(job.experiment.data)
     if is_done(job, arguments.max_steps):
@@ -242,18 +194,6 @@ def decide(arguments: argparse.Namespace, launch: Launch) -> Job:
                 f"auto, or give another --output_dir to go on from {found.folder}"
             )
     return Job(experiment, launch, layout, ds_config, output_dir, state, found, arguments.resume == "never", lock)
-
-
-def deployment(job: Job) -> Deployment:
-    """How the job is spread over the cluster, as the cost model sees it."""
-    return Deployment(
-        layout=job.layout,
-        ranks=job.launch.world_size,
-        ranks_per_node=job.launch.local_world_size,
-        sharding=Sharding.of(job.ds_config),
-        device="cuda" if torch.cuda.is_available() else "cpu",
-        replicas=most_replicas(job.experiment, job.layout.ep_size),
-    )
 
 
 def report_skipped(job: Job) -> None:
@@ -370,12 +310,6 @@ def report_start(job: Job, step: int, load_seconds: float, console: Console, log
     if log is not None:
         skipped = {folder.name: reason for folder, reason in job.found.skipped.items()}
         log.write("resume", step=step, path=str(job.checkpoint), **seconds, skipped=skipped)
-
-
-def train_order(experiment: Experiment, dataset: Dataset) -> TrainOrder:
-    """The sequences of every step."""
-    sort_by_length = dataset.train.layout.sort_by_length
-    return TrainOrder(dataset.train.lengths, experiment.train.batch_size, experiment.seed, sort_by_length)
 
 
 def finish(trainer: Trainer, is_complete: bool) -> None:

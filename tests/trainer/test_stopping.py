@@ -20,6 +20,7 @@ from trainer import run, stopping
 from trainer.checkpoint import read_state
 from trainer.distributed import Launch
 from trainer.exit_codes import REQUEUE
+from trainer.job import Job
 from trainer.loop import Trainer
 from trainer.resume import Found, checkpoint_at
 from trainer.stopping import StopSignals
@@ -101,7 +102,7 @@ def test_a_run_stopped_anywhere_goes_on_as_if_it_had_not_been(tmp_path):
 def test_a_run_whose_last_evaluation_is_due_is_not_done(tmp_path):
     state = run.RunState(8, 0, 8, "fp32", {}, {}, "", "", evaluation_due=True)
     found = Found(tmp_path / "a" / "b", state, seconds=0.0, skipped={})
-    job = run.Job(None, Launch(1, 2, 1, 2), None, {}, tmp_path, state, found, starts_anew=False, lock=None)
+    job = Job(None, Launch(1, 2, 1, 2), None, {}, tmp_path, state, found, starts_anew=False, lock=None)
     assert not run.is_done(job, None) and not run.is_done(job, 5)
     state.evaluation_due = False
     assert run.is_done(job, None)
