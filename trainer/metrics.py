@@ -159,7 +159,7 @@ class RunLog:
             output_dir.mkdir(parents=True, exist_ok=True)
             if self._path.exists():
                 self._drop_after(resumed_step, evaluates)
-            if not _is_not_after(self._experts, resumed_step):
+            if _is_after(self._experts, resumed_step):
                 remove(self._experts)
             self._file = open(self._path, "a", encoding="utf-8", buffering=1)
         if self.error is not None:
@@ -224,12 +224,12 @@ class RunLog:
             self._board.close()
 
 
-def _is_not_after(path: Path, step: int) -> bool:
-    """Whether an `experts.json` is of this step or of one before."""
+def _is_after(path: Path, step: int) -> bool:
+    """Whether an `experts.json` is of a later step than this one, as far as can be told: a damaged one may be."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))["step"] <= step
+        return json.loads(path.read_text(encoding="utf-8"))["step"] > step
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
-        return False
+        return True
 
 
 def _finite(value: Any) -> Any:
