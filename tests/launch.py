@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tests.distributed import free_port, start_process
+from trainer import precision
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SCRIPT = str(REPOSITORY / "trainer" / "run.py")
@@ -28,10 +29,11 @@ def environment(**extra: str) -> dict[str, str]:
     return clean | {"OMP_NUM_THREADS": "1"} | extra
 
 
-def launch(*arguments: str, ranks: int = 1, timeout: float = 240) -> subprocess.CompletedProcess:
+def launch(*arguments: str, ranks: int = 1, timeout: float = 240, best: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
     """`trainer/run.py` on `ranks` ranks, the variables set as a launcher would; rank 0's output.
 
-    All ranks are ended when one fails, as launchers do.
+    All ranks are ended when one fails, as launchers do. `best` has the precision that suits each rank's machine, whatever
+    the real one is.
     """
     port = str(free_port())
     with tempfile.TemporaryDirectory() as folder:
@@ -41,7 +43,8 @@ def launch(*arguments: str, ranks: int = 1, timeout: float = 240) -> subprocess.
             world = {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(ranks)}
             variables = environment(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, **world) if ranks > 1 else environment()
             files = (str(out), str(err)) if rank == 0 else (os.devnull, os.devnull)
-            processes.append(start_process(_command_line, arguments, variables, *files))
+            suits = best[rank] if best else None
+            processes.append(start_process(_command_line, arguments, variables, *files, suits))
         try:
             processes[0].join(timeout)
             if processes[0].exitcode == 0:
@@ -56,8 +59,10 @@ def launch(*arguments: str, ranks: int = 1, timeout: float = 240) -> subprocess.
         return subprocess.CompletedProcess(arguments, code, out.read_text("utf-8"), err.read_text("utf-8"))
 
 
-def _command_line(arguments: tuple[str, ...], variables: dict[str, str], out: str, err: str) -> None:
+def _command_line(arguments: tuple[str, ...], variables: dict[str, str], out: str, err: str, suits: str | None) -> None:
     """This process becomes `python trainer/run.py ARGUMENTS`."""
+    if suits is not None:
+        pretend_best(suits)
     os.environ.clear()
     os.environ |= variables
     for path, stream in ((out, sys.stdout), (err, sys.stderr)):
@@ -68,9 +73,14 @@ def _command_line(arguments: tuple[str, ...], variables: dict[str, str], out: st
     runpy.run_path(SCRIPT, run_name="__main__")
 
 
-def succeed(*arguments: str, ranks: int = 1) -> str:
+def pretend_best(name: str) -> None:
+    """From now on this precision suits the machine of this process."""
+    precision.best_precision = lambda model, local_rank: precision.Precision(name, "pretended")
+
+
+def succeed(*arguments: str, ranks: int = 1, best: tuple[str, ...] = ()) -> str:
     """Launch and demand success; the output."""
-    result = launch(*arguments, ranks=ranks)
+    result = launch(*arguments, ranks=ranks, best=best)
     assert result.returncode == 0, f"{arguments}\n{result.stdout}\n{result.stderr}"
     return result.stdout
 

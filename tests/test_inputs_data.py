@@ -12,7 +12,7 @@ import pyarrow.parquet
 import pytest
 import yaml
 
-from tests.launch import FP32, REPOSITORY, records
+from tests.launch import FP32, records
 from tests.refusals import MET, TINY, Bad, call, check_refused, make_tree, program, sets
 
 TEXTS = [f"The cat with number {i} sat on a mat and counted to {i * i}." for i in range(300)]
@@ -180,10 +180,11 @@ def stopped(box) -> Path:
 
 def test_a_run_is_resumed_only_by_what_made_it(box, stopped):
     cache = str(box / "cache")
+    make_tree(box, {"bf16.json": json.dumps({"bf16": {"enabled": True}, "zero_optimization": {"stage": 2}})})
     for other, says in [
         (sets("seed=1"), ["seed = 1 but the checkpoint run/checkpoints/step_00000002 has 0; set it back"]),
         (sets("model.some.top_k=1"), ["model.some.top_k = 1 but the checkpoint", "has 2; set it back"]),
-        (["--ds_config", str(REPOSITORY / "ds_configs" / "zero2.json")], ["precision = bf16 but", "has fp32; use the --ds"]),
+        (["--ds_config", "bf16.json"], ["precision = bf16 but", "has fp32; use the --ds"]),
         (sets("data.path=heldout/valid.jsonl"), ["data = ", "but the checkpoint", "use the data it was trained on"]),
         (["--resume", "good"], ["--resume good: holds no checkpoint; give a run's folder"]),
     ]:

@@ -83,8 +83,8 @@ DEEPSPEED = {
     "stage3": ({"zero_optimization": {"stage": 3}}, ["zero_optimization.stage = 3", "runs under stage 1 or 2"]),
     "stage_true": ({"zero_optimization": {"stage": True}}, ["zero_optimization.stage = True"]),
     "fp16": ({**STAGE2, "fp16": {"enabled": True}}, ["fp16.enabled = true; use bf16, or fp32"]),
-    "bf16_typo": ({**STAGE2, "bf16": {"enable": True}}, ["bf16.enabled = None; write true or false"]),
-    "bf16_text": ({**STAGE2, "bf16": {"enabled": "false"}}, ["bf16.enabled = 'false'; write true or false"]),
+    "bf16_typo": ({**STAGE2, "bf16": {"enable": True}}, ['bf16.enabled = None; write true, false or "auto"']),
+    "bf16_text": ({**STAGE2, "bf16": {"enabled": "false"}}, ["bf16.enabled = 'false'; write true, false or"]),
     "bf16_key": (
         {**STAGE2, "bf16": {"enabled": True, "chek": 1}},
         ["bf16_key.json: bf16.chek", "DeepSpeed's documentation"],

@@ -39,6 +39,7 @@ from trainer.config import Experiment, experiment_names, load_experiment
 from trainer.controls import CONTROLS
 from trainer.distributed import Launch, Layout
 from trainer.ds_config import load_ds_config, read_precision
+from trainer.precision import AUTO
 from trainer.runfolder import check_writable as check_folder
 from trainer.storage import write_text_atomically
 from trainer.text import error_line
@@ -240,7 +241,7 @@ def carry_out(entry: Entry, experiment: Experiment, arguments: argparse.Namespac
     is_ours = run.experiment is not None and not changed_settings(experiment, run.experiment)
     failed.unlink(missing_ok=True)
     # A run with other settings is left to the trainer, which refuses to mix them.
-    if is_ours and run.start.get("precision") == precision and run.is_done(arguments.max_steps):
+    if is_ours and precision in (AUTO, run.start.get("precision")) and run.is_done(arguments.max_steps):
         print("finished" if run.finished else f"stopped as asked at {run.progress}", flush=True)
         return True
     print(f"found at {run.progress}" if run.records else "new", flush=True)

@@ -30,6 +30,7 @@ from modeling.some import KeyStore
 from trainer.config import Experiment
 from trainer.engine import MOMENTS, CoreState
 from trainer.faults import Faults
+from trainer.precision import AUTO
 from trainer.published import merge
 from trainer.storage import (
     StorageError,
@@ -71,7 +72,7 @@ class RunState:
     total_steps: int
     """Length of the whole run."""
     precision: str
-    """`bf16` or `fp32`."""
+    """`bf16` or `fp32`; `auto` until it is decided."""
     experiment: dict[str, Any]
     """The resolved experiment."""
     pool: dict[str, Any]
@@ -209,14 +210,15 @@ def check_resumable(folder: Path, saved: RunState, ours: RunState) -> None:
     for key, (old, new) in differing_keys(merge(defaults, saved.experiment), merge(defaults, ours.experiment)).items():
         new, old = (value if isinstance(value, str) else json.dumps(value) for value in (new, old))  # as --set reads them
         raise ValueError(f"{key} = {new} but the checkpoint {folder} has {old}; {cure}")
+    fixed_precision = ours.precision if ours.precision != AUTO else ""
     checks = [
-        ("precision", saved.precision, ours.precision, "use the --ds_config it was trained with"),
+        ("precision", saved.precision, fixed_precision, 'use the --ds_config it was trained with, or one with "auto"'),
         ("pool", saved.pool, ours.pool, "the frozen experts would differ; use the seed, sizes and torch version it had"),
         ("tokenizer", saved.tokenizer_hash, ours.tokenizer_hash, "use the data it was trained on"),
         ("data", saved.data_fingerprint, ours.data_fingerprint, "use the data it was trained on"),
     ]
     for name, theirs, mine, advice in checks:
-        # Data hashes are known only once the data is prepared; empty = not checked yet.
+        # Empty = not to be checked: data hashes are known only once the data is prepared, and "auto" takes any precision.
         if mine and theirs != mine:
             raise ValueError(f"{name} = {mine} but the checkpoint {folder} has {theirs}; {advice}, or --resume never")
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.plan import GIB, Sent
+from trainer.precision import BF16, FP32, MIN_SPEEDUP
 from trainer.text import read_yaml
 
 DEVICES = ("cuda", "cpu")
@@ -83,6 +84,11 @@ class Machine:
                     raise ValueError(f"{name} = {rows}: {share} must be rows of at least 1 and a share between 0 and 1")
         if self.attention_share > 1:
             raise ValueError(f"attention_share = {self.attention_share} must be at most 1")
+
+    @property
+    def precision(self) -> str:
+        """What a run here takes whose JSON says "auto", as far as these figures tell: `bf16` or `fp32`."""
+        return BF16 if self.bf16_tflops >= MIN_SPEEDUP * self.fp32_tflops else FP32
 
     def flops(self, bf16: bool) -> float:
         """Peak FLOP/s of products."""

@@ -1,7 +1,8 @@
 """The DeepSpeed JSON: what it may say, and how it is completed from the experiment.
 
-The JSON decides precision and how the optimizer is sharded. What decides the curve (batch, learning rate, clipping,
-schedule) belongs to the experiment; a JSON may repeat it or say "auto", but not contradict it.
+The JSON decides how the optimizer is sharded, and the precision or that it is "auto" (`trainer/precision.py`). What decides
+the curve (batch, learning rate, clipping, schedule) belongs to the experiment; a JSON may repeat it or say "auto", but not
+contradict it.
 """
 
 import difflib
@@ -10,6 +11,7 @@ from typing import Any
 
 from trainer.config import Experiment
 from trainer.distributed import Layout
+from trainer.precision import AUTO, BF16, FP32
 from trainer.text import read_json, shown
 
 # DeepSpeed itself accepts unknown top-level keys in silence. These are the ones that make sense here.
@@ -34,6 +36,8 @@ GRADIENT_DTYPES = ("fp32", "bf16")
 
 def load_ds_config(path: str, experiment: Experiment, layout: Layout, world_size: int) -> dict[str, Any]:
     """The JSON at `path`, checked against the experiment and completed for `deepspeed.initialize`.
+
+    A precision that it leaves open is still to be set (`set_precision`).
 
     Raises:
         ValueError: missing file, not JSON, unknown key, unsupported stage or precision, or a contradiction.
@@ -61,7 +65,7 @@ def load_ds_config(path: str, experiment: Experiment, layout: Layout, world_size
     _check_offload(zero, path)
     if _is_enabled(config, "fp16", path):
         raise ValueError(f"--ds_config {path}: fp16.enabled = true; use bf16, or fp32 with neither enabled")
-    bf16 = _is_enabled(config, "bf16", path)
+    bf16 = _bf16_enabled(config, path)
     data_types = _section(config, "data_types", path)
     if "buffer_dtype" in data_types:
         raise ValueError(f"--ds_config {path}: data_types.buffer_dtype would cast the fp32 key stores; remove it")
@@ -71,12 +75,13 @@ def load_ds_config(path: str, experiment: Experiment, layout: Layout, world_size
                 f"--ds_config {path}: data_types.{key} = {shown(value)}; only data_types.grad_accum_dtype may be set, to "
                 f"one of: {', '.join(GRADIENT_DTYPES)}"
             )
-    if bf16 and data_types.get("grad_accum_dtype") == "fp32":
+    if bf16 in (True, AUTO) and data_types.get("grad_accum_dtype") == "fp32":
         # Stage 1 would get another optimizer than ZeRO's; offloaded gradients stay non-finite after a skipped step.
         offloads = "offload_optimizer" in zero
         if stage == 1 or offloads:
             where = "with offload_optimizer" if offloads else "under stage 1"
-            raise ValueError(f"--ds_config {path}: data_types.grad_accum_dtype = fp32 {where} and bf16; remove it")
+            open_too = " (auto)" if bf16 == AUTO else ""
+            raise ValueError(f"--ds_config {path}: data_types.grad_accum_dtype = fp32 {where} and bf16{open_too}; remove it")
     _refuse_contradictions(config, path, experiment, layout, world_size)
     return config | {
         "train_micro_batch_size_per_gpu": layout.micro_batch,
@@ -89,19 +94,34 @@ def load_ds_config(path: str, experiment: Experiment, layout: Layout, world_size
     }
 
 
+def precision_of(config: dict[str, Any]) -> str:
+    """`bf16`, `fp32`, or `auto` where the config leaves it open: what core and experts are kept in."""
+    enabled = config.get("bf16", {}).get("enabled", False)
+    return AUTO if enabled == AUTO else BF16 if enabled else FP32
+
+
+def set_precision(config: dict[str, Any], precision: str) -> dict[str, Any]:
+    """The config with `bf16` or `fp32` where it said "auto", which DeepSpeed would read as "not given" without a word."""
+    if precision_of(config) != AUTO:
+        return config
+    return config | {"bf16": config["bf16"] | {"enabled": precision == BF16}}
+
+
 def is_bf16(config: dict[str, Any]) -> bool:
-    """Whether core and experts are kept in bfloat16 (else fp32)."""
-    return bool(config.get("bf16", {}).get("enabled", False))
+    """Whether core and experts are kept in bfloat16 (else fp32); the precision must be decided."""
+    assert precision_of(config) != AUTO, "the precision is still open"
+    return precision_of(config) == BF16
 
 
 def read_precision(path: str) -> str:
-    """`bf16` or `fp32`, in which the JSON at `path` has core and experts.
+    """`bf16`, `fp32` or `auto`, as the JSON at `path` says.
 
     Raises:
         ValueError: missing file, not JSON, or a precision that is not written as it must be.
     """
     config = read_json(Path(path), f"--ds_config {path}")
-    return "bf16" if _is_enabled(config, "bf16", path) else "fp32"
+    _bf16_enabled(config, path)
+    return precision_of(config)
 
 
 def _section(config: dict[str, Any], key: str, path: str) -> dict[str, Any]:
@@ -111,12 +131,19 @@ def _section(config: dict[str, Any], key: str, path: str) -> dict[str, Any]:
     return section
 
 
-def _is_enabled(config: dict[str, Any], key: str, path: str) -> bool:
+def _bf16_enabled(config: dict[str, Any], path: str) -> bool | str:
+    """True, False or "auto"."""
+    if _section(config, "bf16", path).get("enabled") == AUTO:
+        return AUTO
+    return _is_enabled(config, "bf16", path, 'true, false or "auto"')
+
+
+def _is_enabled(config: dict[str, Any], key: str, path: str, choices: str = "true or false") -> bool:
     """Whether the section of a precision switches it on; without `enabled` it would be off in silence."""
     section = _section(config, key, path)
     enabled = section.get("enabled", False if not section else None)
     if not isinstance(enabled, bool):
-        raise ValueError(f"--ds_config {path}: {key}.enabled = {shown(enabled)}; write true or false")
+        raise ValueError(f"--ds_config {path}: {key}.enabled = {shown(enabled)}; write {choices}")
     return enabled
 
 

@@ -11,8 +11,10 @@ from trainer.checkpoint import RunState, check_resumable
 from trainer.config import Experiment
 from trainer.data import Dataset, TrainOrder
 from trainer.distributed import Launch, Layout
+from trainer.ds_config import set_precision
 from trainer.lock import FolderLock
 from trainer.plan import Deployment, Sharding, most_replicas
+from trainer.precision import Precision
 from trainer.resume import Found
 
 
@@ -24,6 +26,9 @@ class Job:
     launch: Launch
     layout: Layout
     ds_config: dict[str, Any]
+    """As DeepSpeed gets it."""
+    precision: Precision
+    """This rank's choice where the JSON leaves it open; `take_precision` puts rank 0's in its place."""
     output_dir: Path
     state: RunState
     """Step 0 of this experiment; `complete` fills in what only the data can tell."""
@@ -33,6 +38,15 @@ class Job:
     """With --resume never: a run that lies in the folder is moved aside."""
     lock: FolderLock | None
     """On rank 0, from the start where the folder has one, else since the folder was prepared: no other run goes on in it."""
+
+    def __post_init__(self) -> None:
+        self._open_config = self.ds_config
+        self.take_precision(self.precision)
+
+    def take_precision(self, precision: Precision) -> None:
+        """Compute in it from now on."""
+        self.precision, self.state.precision = precision, precision.name
+        self.ds_config = set_precision(self._open_config, precision.name)
 
     @property
     def checkpoint(self) -> Path | None:

@@ -17,6 +17,7 @@ from trainer.config import Experiment
 from trainer.distributed import Layout
 from trainer.ds_config import is_bf16
 from trainer.memory import host_bytes
+from trainer.precision import Precision
 
 GIB = 2**30
 DEEPSPEED_BUCKET = 500_000_000
@@ -339,14 +340,14 @@ def all_reduce(payload: float, deployment: Deployment) -> Sent:
     return Sent(2 * (near - 1) / near * payload, 2 * (nodes - 1) / nodes * payload / near)
 
 
-def describe(experiment: Experiment, deployment: Deployment) -> str:
+def describe(experiment: Experiment, deployment: Deployment, precision: Precision) -> str:
     """The plan as text for `--dry_run`."""
     counts, layout, model = experiment.model.num_parameters(), deployment.layout, experiment.model
     held, sent = memory(experiment, deployment), traffic(experiment, deployment)
-    precision = "bf16" if deployment.sharding.bf16 else "fp32"
     sizes = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts(held).items() if size)
     lines = [
-        f"experiment       {experiment.name}, {precision}, {deployment.ranks} rank(s), EP size {layout.ep_size}",
+        f"experiment       {experiment.name}, {precision.name}, {deployment.ranks} rank(s), EP size {layout.ep_size}",
+        f"precision        {precision}",
         f"parameters       {counts.total:,} total, {counts.trainable:,} trained, {counts.frozen:,} frozen",
         f"global batch     {experiment.train.batch_size} sequences = {deployment.ranks} rank(s) x {layout.micro_batch} "
         f"x {layout.accumulation} accumulation",

@@ -43,7 +43,7 @@ from trainer.distributed import (
     init_process_group,
     key_store_group,
 )
-from trainer.ds_config import is_bf16, load_ds_config
+from trainer.ds_config import is_bf16, load_ds_config, precision_of
 from trainer.engine import Engine, check_ds_config
 from trainer.exit_codes import DONE, FAILED, NOT_FINITE, REFUSED, REQUEUE
 from trainer.generate import generate
@@ -54,8 +54,9 @@ from trainer.loop import Trainer
 from trainer.metrics import RunLog
 from trainer.numerics import set_numerics
 from trainer.plan import check_expert_size, check_memory, describe
-from trainer.resume import find_checkpoint
-from trainer.runfolder import began_here, check_writable, set_aside, write_config
+from trainer.precision import Precision, choose_precision
+from trainer.resume import Found, find_checkpoint
+from trainer.runfolder import check_writable, earlier_start, set_aside, write_config
 from trainer.stopping import StopSignals
 from trainer.storage import StorageError, describe_free, is_failing
 from trainer.text import error_line
@@ -96,7 +97,7 @@ def run(arguments: argparse.Namespace, launch: Launch) -> int:
     job = decide(arguments, launch)
     if arguments.dry_run:
         if launch.rank == 0:
-            print(describe(job.experiment, job.deployment))
+            print(describe(job.experiment, job.deployment, job.precision))
         return DONE
     try:
         code = carry_out(job, arguments)
@@ -124,6 +125,8 @@ def carry_out(job: Job, arguments: argparse.Namespace) -> int:
             job.found.clean(job.saved.experiment["checkpoint"]["keep"])
         return DONE
     check_writable(job.output_dir)
+    if launch.rank == 0:
+        say(f"precision {job.precision}")
     with StopSignals() as signals:
         # Rank 0 prepares folder and data while the others wait for it at the rendezvous, so what it refuses is refused here.
         data_folder = prepare_folder_and_data(job) if launch.rank == 0 else None
@@ -131,6 +134,7 @@ def carry_out(job: Job, arguments: argparse.Namespace) -> int:
         device, timeout = choose_device(launch), job.experiment.parallel.timeout_minutes
         init_process_group(device, timeout)
         try:
+            agree_on_precision(job)
             # Ranks that see different folders or sizes of nodes would run different collectives and wait for each other.
             demand_agreement(f"{job.layout}, starting at step {job.saved.step if job.saved else 0}")
             if launch.rank == 0 and job.continues:
@@ -171,7 +175,7 @@ def decide(arguments: argparse.Namespace, launch: Launch) -> Job:
         step=0,
         tokens=0,
         total_steps=0,
-        precision="bf16" if is_bf16(ds_config) else "fp32",
+        precision=precision_of(ds_config),
         experiment=experiment.to_dict(),
         pool=frozen_manifest(model, experiment.seed),
         data_fingerprint="",
@@ -179,7 +183,8 @@ def decide(arguments: argparse.Namespace, launch: Launch) -> Job:
     )
     output_dir = Path(arguments.output_dir or Path("runs") / experiment.name)
     if arguments.dry_run:  # starts nothing, so it does not matter what lies in the folder
-        return Job(experiment, launch, layout, ds_config, output_dir, state, found=None, starts_anew=False, lock=None)
+        precision = choose_precision(state.precision, arguments.ds_config, None, model, launch.local_rank)
+        return Job(experiment, launch, layout, ds_config, precision, output_dir, state, None, starts_anew=False, lock=None)
     lock = FolderLock.existing(output_dir) if launch.rank == 0 else None
     try:
         found = find_checkpoint(arguments.resume, output_dir, lambda folder, saved: check_resumable(folder, saved, state))
@@ -193,7 +198,31 @@ def decide(arguments: argparse.Namespace, launch: Launch) -> Job:
                 f"--resume {arguments.resume}: {output_dir} holds a run at {own.folder.name}; continue that with --resume "
                 f"auto, or give another --output_dir to go on from {found.folder}"
             )
-    return Job(experiment, launch, layout, ds_config, output_dir, state, found, arguments.resume == "never", lock)
+    starts_anew = arguments.resume == "never"
+    began = None if starts_anew else began_in(found, output_dir, experiment)
+    precision = choose_precision(state.precision, arguments.ds_config, began, model, launch.local_rank)
+    return Job(experiment, launch, layout, ds_config, precision, output_dir, state, found, starts_anew, lock)
+
+
+def began_in(found: Found | None, output_dir: Path, experiment: Experiment) -> str | None:
+    """The precision in which this run began: its checkpoint's or, before its first one, that of its folder; None for a new
+    run."""
+    if found is not None:
+        return found.state.precision
+    config = earlier_start(output_dir, experiment)
+    return None if config is None else precision_of(config)
+
+
+def agree_on_precision(job: Job) -> None:
+    """Rank 0 decides for all ranks, also where their machines differ.
+
+    Raises:
+        ValueError: this rank's share of its machine does not hold the model in that precision.
+    """
+    precision = Precision.parse(broadcast_text(str(job.precision)))
+    if precision.name != job.precision.name:
+        job.take_precision(precision)
+        check_memory(job.experiment, job.deployment)
 
 
 def report_skipped(job: Job) -> None:
@@ -225,14 +254,15 @@ def prepare_folder_and_data(job: Job) -> Path:
     try:
         job.output_dir.mkdir(parents=True, exist_ok=True)
         job.lock = job.lock or FolderLock(job.output_dir, create=True)
-        again = not job.starts_anew and began_here(job.output_dir, experiment, job.ds_config)
+        again = not job.starts_anew and earlier_start(job.output_dir, experiment) == job.ds_config
         aside = None if job.continues or again else set_aside(job.output_dir)
         if aside is not None:
             job.lock.release()
             job.output_dir.mkdir()
             job.lock = FolderLock(job.output_dir, create=True)
         job.lock.sign()
-        write_config(job.output_dir, experiment, job.launch, job.layout, job.ds_config, open_data(data_folder))
+        data = open_data(data_folder)
+        write_config(job.output_dir, experiment, job.launch, job.layout, job.ds_config, job.precision, data)
     except OSError as error:
         if is_failing(error):
             raise StorageError(

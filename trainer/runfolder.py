@@ -16,6 +16,7 @@ from trainer.config import Experiment, experiment_from_dict
 from trainer.data import Dataset
 from trainer.distributed import Launch, Layout
 from trainer.metrics import EXPERTS
+from trainer.precision import Precision
 from trainer.storage import write_text_atomically
 from trainer.text import kind_of
 
@@ -78,22 +79,32 @@ def set_aside(output_dir: Path) -> Path | None:
     return aside
 
 
-def began_here(output_dir: Path, experiment: Experiment, ds_config: dict[str, Any]) -> bool:
-    """Whether this same run was begun in the folder before, so that its steps there are those that it takes again.
+def earlier_start(output_dir: Path, experiment: Experiment) -> dict[str, Any] | None:
+    """With which DeepSpeed config this same run was begun in the folder before; None where it was not.
 
-    It is asked where there is no checkpoint: a run that was killed before its first one starts over in place.
+    It is asked where there is no checkpoint: a run that was killed before its first one starts over in place, with equal
+    steps.
     """
     try:
         values = yaml.safe_load((output_dir / "config.yaml").read_text(encoding="utf-8"))
         how = values.pop("run")
-        earlier = experiment_from_dict(values).to_dict()
-    except (OSError, ValueError, KeyError, AttributeError, yaml.YAMLError):
-        return False  # none, or not one of ours: it is moved aside
-    return how.get("ds_config") == ds_config and not differing_keys(earlier, experiment.to_dict())
+        earlier, how = experiment_from_dict(values).to_dict(), dict(how)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError):
+        return None  # none, or not one of ours: it is moved aside
+    config = how.get("ds_config")
+    if differing_keys(earlier, experiment.to_dict()) or not isinstance(config, dict):
+        return None
+    return config if isinstance(config.get("bf16", {}), dict) else None
 
 
 def write_config(
-    output_dir: Path, experiment: Experiment, launch: Launch, layout: Layout, ds_config: dict[str, Any], dataset: Dataset
+    output_dir: Path,
+    experiment: Experiment,
+    launch: Launch,
+    layout: Layout,
+    ds_config: dict[str, Any],
+    precision: Precision,
+    dataset: Dataset,
 ) -> None:
     """`config.yaml`: the resolved experiment (readable by `--experiment`) and, under `run`, how and with what it was run."""
     how = {
@@ -104,6 +115,8 @@ def write_config(
         "ep_size": layout.ep_size,
         "micro_batch": layout.micro_batch,
         "accumulation": layout.accumulation,
+        "precision": precision.name,
+        "precision_reason": precision.reason,
         "ds_config": ds_config,
         "torch": str(torch.__version__),
         "deepspeed": metadata.version("deepspeed"),

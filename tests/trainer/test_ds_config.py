@@ -8,7 +8,7 @@ import pytest
 from tests.launch import REPOSITORY
 from trainer.config import load_experiment
 from trainer.distributed import Launch, Layout
-from trainer.ds_config import is_bf16, load_ds_config
+from trainer.ds_config import is_bf16, load_ds_config, precision_of, read_precision, set_precision
 
 SHIPPED = sorted((REPOSITORY / "ds_configs").glob("*.json"))
 ZERO2 = {"zero_optimization": {"stage": 2}}
@@ -25,11 +25,25 @@ def test_shipped_configs_are_completed(path):
     config = load(path)
     assert config["train_micro_batch_size_per_gpu"] == 8 and config["gradient_accumulation_steps"] == 2
     assert config["train_batch_size"] == 32 and config["gradient_clipping"] == 1.0
-    assert is_bf16(config) == ("fp32" not in path.name)
+    assert precision_of(config) == ("fp32" if path.name == "zero2_fp32.json" else "auto")
+    for precision in ("bf16", "fp32"):
+        decided = set_precision(config, precision)
+        assert is_bf16(decided) == (precision == "bf16" and path.name != "zero2_fp32.json")
+        assert '"auto"' not in json.dumps(decided)
 
 
 def test_the_four_promised_configs_are_shipped():
     assert [path.stem for path in SHIPPED] == ["zero1", "zero2", "zero2_fp32", "zero2_offload"]
+
+
+def test_explicit_values_stay_and_auto_elsewhere_is_left_alone(tmp_path):
+    path = tmp_path / "mine.json"
+    for enabled, name in ((True, "bf16"), (False, "fp32"), ("auto", "auto")):
+        values = {**ZERO2, "bf16": {"enabled": enabled, "other": "auto"}, "gradient_clipping": "auto"}
+        path.write_text(json.dumps(values))
+        assert precision_of(load(path)) == name == read_precision(str(path))
+        decided = set_precision(load(path), "fp32")
+        assert decided["bf16"] == {"enabled": enabled is True, "other": "auto"}
 
 
 def test_repeating_the_experiment_is_allowed(tmp_path):
@@ -65,6 +79,15 @@ def test_repeating_the_experiment_is_allowed(tmp_path):
             '{"bf16": {"enabled": true}, "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}, '
             '"data_types": {"grad_accum_dtype": "fp32"}}',
             "grad_accum_dtype = fp32 with offload_optimizer and bf16; remove it",
+        ),
+        (
+            '{"bf16": {"enabled": "auto"}, "zero_optimization": {"stage": 1}, "data_types": {"grad_accum_dtype": "fp32"}}',
+            r"grad_accum_dtype = fp32 under stage 1 and bf16 \(auto\); remove it",
+        ),
+        ('{"bf16": {"enabled": "Auto"}, "zero_optimization": {"stage": 2}}', "bf16.enabled = 'Auto'; write true, false or"),
+        (
+            '{"bf16": {}, "fp16": {"enabled": "auto"}, "zero_optimization": {"stage": 2}}',
+            "fp16.enabled = 'auto'; write true",
         ),
         (json.dumps({**ZERO2, "scheduler": {"type": "WarmupLR"}}), "scheduler; the schedule is the experiment's"),
     ],

@@ -13,12 +13,12 @@ from modeling import build_model
 from modeling.some import KeyStore
 from modeling.some.experts import FrozenExpertPool
 from tests.distributed import run_ranks
-from tests.launch import FP32, REPOSITORY
+from tests.launch import FP32, REPOSITORY, pretend_best
 from tests.oracles.schedule import adamw_step
 from trainer.config import load_experiment
 from trainer.data import prepare_data
 from trainer.distributed import Launch, Layout, expert_parallel_group
-from trainer.ds_config import load_ds_config
+from trainer.ds_config import load_ds_config, set_precision
 from trainer.engine import Engine
 from trainer.loop import Trainer, check_key_stores
 from trainer.run import decide, parse_arguments, prepare_trainer
@@ -29,17 +29,22 @@ TINY = [
     "train.gradient_clipping=0.3", "data.train_documents=60", "data.val_documents=5", "log.tensorboard=false",
 ]  # fmt: skip
 
+CONFIGS = [("zero2_fp32", "bf16")] + [
+    (name, best) for name in ("zero2", "zero1", "zero2_offload") for best in ("bf16", "fp32")
+]
+"""Every shipped JSON, in each precision that it can become: `best` is the one that suits the machine."""
+
 
 def batch() -> torch.Tensor:
     return torch.randint(0, 300, (8, 13), generator=torch.Generator().manual_seed(0))
 
 
-def _three_steps(rank: int, ds_config: str) -> tuple[dict, list[float], dict]:
+def _three_steps(rank: int, ds_config: str, best: str) -> tuple[dict, list[float], dict]:
     """Three steps of 2 micro batches on 2 ranks; the core afterwards."""
     experiment, launch = load_experiment("quickstart", TINY), Launch(rank, 2, rank, 2)
     layout = Layout.of(experiment, launch)
     model = build_model(experiment.model, 0, expert_parallel_group(2, timeout_minutes=2))
-    engine = Engine(model, experiment.train, load_ds_config(ds_config, experiment, layout, 2))
+    engine = Engine(model, experiment.train, set_precision(load_ds_config(ds_config, experiment, layout, 2), best))
     norms = []
     for _ in range(3):
         for micro in range(2):
@@ -57,10 +62,11 @@ def _three_steps(rank: int, ds_config: str) -> tuple[dict, list[float], dict]:
     return state.parameters, norms, {name: p.detach().float() for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("name", ["zero2_fp32", "zero2", "zero1", "zero2_offload"])
-def test_steps_equal_adamw_on_the_whole_batch(name):
-    (ours, norms, shown), (theirs, *_) = run_ranks(_three_steps, 2, str(REPOSITORY / "ds_configs" / f"{name}.json"))
-    bf16 = name != "zero2_fp32"
+@pytest.mark.parametrize(("name", "best"), CONFIGS)
+def test_steps_equal_adamw_on_the_whole_batch(name, best):
+    config = str(REPOSITORY / "ds_configs" / f"{name}.json")
+    (ours, norms, shown), (theirs, *_) = run_ranks(_three_steps, 2, config, best)
+    bf16 = name != "zero2_fp32" and best == "bf16"
     experiment = load_experiment("quickstart", TINY)
     model = build_model(experiment.model, 0)
     decaying = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
@@ -92,8 +98,9 @@ def test_steps_equal_adamw_on_the_whole_batch(name):
     assert typical < (2e-3 if bf16 else 2e-6) and largest < (0.08 if bf16 else 2e-3)
 
 
-def make_trainer(rank: int, folder: str, *settings: str, ds_config: str = FP32) -> Trainer:
-    """A trainer on this rank as the command line makes it."""
+def make_trainer(rank: int, folder: str, *settings: str, ds_config: str = FP32, best: str = "bf16") -> Trainer:
+    """A trainer on this rank as the command line makes it, on a machine that `best` suits."""
+    pretend_best(best)
     changes = [part for s in [*TINY, f"data.cache_dir={folder}/cache", *settings] for part in ("--set", s)]
     arguments = ["--ds_config", ds_config, "--output_dir", f"{folder}/run", *changes]
     job = decide(parse_arguments(arguments), Launch(rank, 2, rank, 2))
@@ -164,8 +171,8 @@ def test_frozen_means_frozen(tmp_path):
     assert names and not any("pool" in name or "w_up" in name for name in names)
 
 
-def _poison_a_step(rank: int, folder: str, ds_config: str) -> tuple[int, bool, bool, bool]:
-    trainer = make_trainer(rank, folder, ds_config=ds_config)
+def _poison_a_step(rank: int, folder: str, ds_config: str, best: str) -> tuple[int, bool, bool, bool]:
+    trainer = make_trainer(rank, folder, ds_config=ds_config, best=best)
     trainer._step()
     keys = [store.keys.clone() for store in trainer.stores]
     core = trainer.engine.core_state()
@@ -185,10 +192,10 @@ def _poison_a_step(rank: int, folder: str, ds_config: str) -> tuple[int, bool, b
     return trainer.state.skipped, kept_core, kept_keys, moved
 
 
-@pytest.mark.parametrize("name", ["zero2_fp32", "zero2", "zero1", "zero2_offload"])
-def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(name, tmp_path):
+@pytest.mark.parametrize(("name", "best"), CONFIGS)
+def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(name, best, tmp_path):
     config = str(REPOSITORY / "ds_configs" / f"{name}.json")
-    assert run_ranks(_poison_a_step, 2, str(tmp_path), config) == [(1, True, True, True)] * 2
+    assert run_ranks(_poison_a_step, 2, str(tmp_path), config, best) == [(1, True, True, True)] * 2
 
 
 def _drift(rank: int) -> str:

@@ -17,6 +17,7 @@ from tests.launch import REPOSITORY
 from tests.trainer.test_engine import TINY, Collectives, make_trainer
 from trainer.config import load_experiment
 from trainer.distributed import Layout
+from trainer.ds_config import set_precision
 from trainer.plan import (
     Deployment,
     Sharding,
@@ -109,7 +110,8 @@ def test_saved_activations_within_five_percent(name, bf16):
 
 # What is built and sent
 
-CONFIGS = ("zero2", "zero1", "zero2_fp32")
+CONFIGS = (("zero2", "bf16"), ("zero2", "fp32"), ("zero1", "bf16"), ("zero1", "fp32"), ("zero2_fp32", "bf16"))
+"""A shipped JSON, and the precision that suits the machine."""
 CHANGES = ("model.some.num_experts=64", "model.d_model=64")
 
 
@@ -157,12 +159,12 @@ def test_exchange_sends_exactly_the_planned_bytes_a_copy():
 
 
 def _build_and_step_all(rank: int, folder: str) -> dict[str, dict]:
-    return {name: _build_and_step(rank, f"{folder}/{name}", name) for name in CONFIGS}
+    return {f"{name} {best}": _build_and_step(rank, f"{folder}/{name}_{best}", name, best) for name, best in CONFIGS}
 
 
-def _build_and_step(rank: int, folder: str, name: str) -> dict:
+def _build_and_step(rank: int, folder: str, name: str, best: str) -> dict:
     ds_config = str(REPOSITORY / "ds_configs" / f"{name}.json")
-    trainer = make_trainer(rank, folder, *CHANGES, ds_config=ds_config)
+    trainer = make_trainer(rank, folder, *CHANGES, ds_config=ds_config, best=best)
     trainer._step()
     with Collectives() as counted:
         trainer._step()
@@ -187,15 +189,15 @@ def stepped(tmp_path_factory) -> list[dict[str, dict]]:
     return run_ranks(_build_and_step_all, 2, str(tmp_path_factory.mktemp("stepped")))
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_a_real_step_holds_and_sends_what_was_planned(stepped, name):
+@pytest.mark.parametrize(("name", "best"), CONFIGS)
+def test_a_real_step_holds_and_sends_what_was_planned(stepped, name, best):
     experiment = load_experiment("quickstart", [*TINY, *CHANGES])
-    bf16, stage = not name.endswith("fp32"), 1 if name == "zero1" else 2
+    bf16, stage = name != "zero2_fp32" and best == "bf16", 1 if name == "zero1" else 2
     how = Deployment(
         Layout(2, 2, 2), ranks=2, ranks_per_node=2, sharding=Sharding(bf16, stage, bucket=10_000_000), device="cpu"
     )
     held, sent = memory(experiment, how), traffic(experiment, how)
-    for seen in (of_rank[name] for of_rank in stepped):
+    for seen in (of_rank[f"{name} {best}"] for of_rank in stepped):
         assert held.pool == seen["pool"]
         assert held.core == seen["core"]
         assert held.optimizer == pytest.approx(seen["optimizer"], rel=0.01)
@@ -212,7 +214,9 @@ def test_the_sharding_is_read_from_the_shipped_files():
         "zero2_fp32": Sharding(False, 2, False, 10_000_000, 4),
         "zero2_offload": Sharding(True, 2, True, 10_000_000, 4),
     }.items():
-        assert Sharding.of(json.loads((REPOSITORY / "ds_configs" / f"{name}.json").read_text())) == expected
+        config = json.loads((REPOSITORY / "ds_configs" / f"{name}.json").read_text())
+        assert Sharding.of(set_precision(config, "bf16")) == expected
+        assert Sharding.of(set_precision(config, "fp32")) == replace(expected, bf16=False)
 
 
 def test_memory_moves_with_what_it_depends_on():

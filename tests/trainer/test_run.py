@@ -302,15 +302,16 @@ def test_going_back_or_branching_needs_a_folder_of_its_own(finished, monkeypatch
     assert len(losses(output_dir)) == 4
 
 
+@pytest.mark.parametrize("best", ["bf16", "fp32"])
 @pytest.mark.parametrize("name", ["zero2", "zero1", "zero2_offload"])
-def test_every_ds_config_trains(name, tmp_path, cache_dir):
+def test_every_ds_config_trains(name, best, tmp_path, cache_dir):
     output_dir = tmp_path / "run"
     config = str(REPOSITORY / "ds_configs" / f"{name}.json")
     arguments = [*SMALL, "--ds_config", config, "--output_dir", str(output_dir), "--set", f"data.cache_dir={cache_dir}"]
-    succeed(*arguments, "--max_steps", "3")
+    succeed(*arguments, "--max_steps", "3", best=(best,))
     first, last = records(output_dir, "eval")
     assert last["val_loss"] < first["val_loss"]
-    assert read_state(output_dir / "checkpoints" / "step_00000003").precision == "bf16"
+    assert read_state(output_dir / "checkpoints" / "step_00000003").precision == best
 
 
 @pytest.mark.parametrize(
