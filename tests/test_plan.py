@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from tests.distributed import run_ranks
-from tests.launch import REPOSITORY, environment, wait_for
+from tests.launch import FP32, REPOSITORY, environment, wait_for
 from tools import calibrate, plan, scaling
 from tools.options import Cluster, all_options
 from tools.peak_memory import PeakMemory
@@ -125,6 +125,22 @@ def test_matplotlib_may_be_missing(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(scaling, "find_spec", lambda name: None)
     assert call("b3", "--plot", str(tmp_path / "p.png")) == 2
     assert "needs matplotlib, which is not installed; pip install matplotlib" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "bf16_tflops", "names"),
+    [
+        ([], 300.0, "bf16 (auto: assumed from the machine's rates)"),
+        ([], 75.0, "fp32 (auto: assumed from the machine's rates)"),
+        (["--ds_config", FP32], 300.0, "fp32"),
+    ],
+)
+def test_a_plan_names_the_precision_that_it_assumes(arguments, bf16_tflops, names, tmp_path, capsys):
+    machine = machine_file(tmp_path, bf16_tflops=bf16_tflops, fp32_tflops=60.0)
+    assert call("a4", "--machine", machine, "--json", str(tmp_path / "plan.json"), *arguments) == 0
+    assert f"a4: 701,496,320 parameters, {names}, batches of" in capsys.readouterr().out
+    cluster = json.loads((tmp_path / "plan.json").read_text())["cluster"]
+    assert cluster["assumes_precision"] == ("auto" in names) and cluster["sharding"]["bf16"] == names.startswith("bf16")
 
 
 def test_ep_1_is_best_where_the_pool_fits_and_links_are_slow(tmp_path, capsys):

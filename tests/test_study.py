@@ -43,6 +43,18 @@ def test_paired_differences():
     assert paired({0: {"val_loss": 1.0}}, {1: {"val_loss": 0.5}}) is None
 
 
+def test_a_table_says_where_its_runs_differ_in_precision():
+    group = {"title": "T", "question": "Q?", "baseline": "a", "variants": ["b"]}
+    figures = {
+        key: None for key in ("coselected_cosine", "effective_experts", "largest_gate", "output_over_residual", "respawns")
+    }
+    for other in ("bf16", "fp32", None):
+        seeds = [{0: {"val_loss": 1.0, "precision": precision, **figures}} for precision in ("fp32", other)]
+        variants = {name: {"trained": 1, "seeds": seeds} for name, seeds in zip("ab", seeds, strict=True)}
+        text = tool.tables(Study("study", {}, [group]), {"variants": variants})
+        assert ("These runs differ in precision (bf16, fp32)" in text) == (other == "bf16")
+
+
 def test_a_study_runs_resumes_and_writes_its_tables(tmp_path):
     study = {
         "experiment": "study",

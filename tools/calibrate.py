@@ -36,21 +36,23 @@ from trainer.cost import TOUCHES
 from trainer.distributed import (
     Launch,
     Layout,
+    broadcast_text,
     check_gpus,
     choose_device,
     expert_parallel_group,
     init_process_group,
     key_store_group,
 )
-from trainer.ds_config import load_ds_config
+from trainer.ds_config import load_ds_config, precision_of, set_precision
 from trainer.engine import Engine
 from trainer.memory import FreedMemory
 from trainer.metrics import accumulate_statistics
 from trainer.numerics import set_numerics
 from trainer.plan import GIB, Sharding, parts
+from trainer.precision import Precision, choose_precision
 from trainer.usage import Usage
 
-ROWS = (16, 64, 256, 2048)
+ROWS, OTHER_ROWS = (16, 64, 256, 2048), 256
 EXPERT_ROWS = (1, 16, 64, 256, 1024)
 EXPERTS, ELEMENTS, ATTENDED = 8, 2**21, 2048
 COPIED, SENT = 2**27, 2**23
@@ -86,6 +88,7 @@ def calibrate(experiment: Experiment, ds_config: str, base: Machine, path: Path)
     launch = Launch.from_environment()
     layout = Layout.of(experiment, launch)
     config = load_ds_config(ds_config, experiment, layout, launch.world_size)
+    precision = choose_precision(precision_of(config), ds_config, None, experiment.model, launch.local_rank)
     if experiment.model.channel_mixer != "some":
         raise ValueError(f"--calibrate: {experiment.name} has no SoME layers to measure; name an experiment that has")
     if path.suffix not in (".yaml", ".yml"):
@@ -94,13 +97,17 @@ def calibrate(experiment: Experiment, ds_config: str, base: Machine, path: Path)
         check_writable(path, "--calibrate")
     launch.export()
     check_gpus(launch)
-    device, sharding, freed_memory = choose_device(launch), Sharding.of(config), FreedMemory()
+    device, freed_memory = choose_device(launch), FreedMemory()
     set_numerics(experiment.train.deterministic)
     init_process_group(device, experiment.parallel.timeout_minutes)
     console = Console(launch.rank == 0)
     try:
+        precision = Precision.parse(broadcast_text(str(precision)))
+        config = set_precision(config, precision.name)
+        sharding = Sharding.of(config)
+        console.say(f"precision {precision}")
         console.say("measuring products, memory and links")
-        machine = measure_machine(experiment.model, base, launch, device)
+        machine = measure_machine(experiment.model, base, launch, sharding.bf16, device)
         fixed = step_seconds(experiment, config, sharding, 1e-6 * machine.layer_us, device)
         machine = replace(machine, step_us=1e6 * fixed)
         # What the C library kept of it would serve the steps and hide what they need.
@@ -117,30 +124,32 @@ def calibrate(experiment: Experiment, ds_config: str, base: Machine, path: Path)
         dist.destroy_process_group()
 
 
-def measure_machine(model: ModelConfig, base: Machine, launch: Launch, device: torch.device) -> Machine:
-    """The base machine with every figure that these ranks can measure."""
-    D, F_, dtype = model.d_model, model.some.d_ffn, torch.bfloat16
-    trained = {rows: trained_rate(rows, D, F_, dtype, device) for rows in ROWS}
-    experts = {rows: expert_rate(rows, model.some, device) for rows in EXPERT_ROWS}
-    bf16, fp32 = (product_rate(max(ROWS), D, F_, kind, device) for kind in (dtype, torch.float32))
-    bf16 = max(bf16, *trained.values(), *experts.values())
+def measure_machine(model: ModelConfig, base: Machine, launch: Launch, bf16: bool, device: torch.device) -> Machine:
+    """The base machine with every figure that these ranks can measure, in the precision that trains."""
+    D, F_ = model.d_model, model.some.d_ffn
+    ours, other = (torch.bfloat16, torch.float32) if bf16 else (torch.float32, torch.bfloat16)
+    trained = {rows: trained_rate(rows, D, F_, ours, device) for rows in ROWS}
+    experts = {rows: expert_rate(rows, model.some, ours, device) for rows in EXPERT_ROWS}
+    # Few rows of the other: a CPU without bf16 would take minutes for many.
+    peaks = {other: product_rate(OTHER_ROWS, D, F_, other, device), ours: product_rate(max(ROWS), D, F_, ours, device)}
+    peaks[ours] = max(peaks[ours], *trained.values(), *experts.values())
     memory = memory_rate(device)
     links = measure_links(launch, device)
-    fused = attention_rate(model, device) / (fp32 if device.type == "cpu" else bf16)
+    fused = attention_rate(model, device) / peaks[torch.float32 if device.type == "cpu" else ours]
     name = platform.processor() or platform.machine() if device.type == "cpu" else torch.cuda.get_device_name()
     return replace(
         base,
-        describe=f"measured: {name}, {torch.get_num_threads()} thread(s) a rank",
+        describe=f"measured: {name}, {torch.get_num_threads()} thread(s) a rank, {'bf16' if bf16 else 'fp32'}",
         device=device.type,
         ranks_per_node=launch.local_world_size,
         memory_gib=memory_size(device, launch.local_world_size) / GIB,
-        bf16_tflops=bf16 / 1e12,
-        fp32_tflops=fp32 / 1e12,
-        share_by_rows={rows: rate / bf16 for rows, rate in trained.items()},
-        expert_share_by_rows={rows: rate / bf16 for rows, rate in experts.items()},
+        bf16_tflops=peaks[torch.bfloat16] / 1e12,
+        fp32_tflops=peaks[torch.float32] / 1e12,
+        share_by_rows={rows: rate / peaks[ours] for rows, rate in trained.items()},
+        expert_share_by_rows={rows: rate / peaks[ours] for rows, rate in experts.items()},
         attention_share=min(1.0, fused),
         memory_gb_s=memory / 1e9,
-        elementwise_gb_s=elementwise_rate(device) / 1e9,
+        elementwise_gb_s=elementwise_rate(ours, device) / 1e9,
         host_gb_s=memory / 1e9 if device.type == "cpu" else base.host_gb_s,
         layer_us=1e6 * layer_seconds(model, device),
         expert_us=0.0,  # part of the experts' rates at few rows
@@ -191,11 +200,11 @@ def trained_rate(rows: int, inner: int, outer: int, dtype: torch.dtype, device: 
     return 6 * rows * inner * outer / seconds_of(run, device)
 
 
-def expert_rate(rows: int, some: SoMEConfig, device: torch.device) -> float:
+def expert_rate(rows: int, some: SoMEConfig, dtype: torch.dtype, device: torch.device) -> float:
     """FLOP/s of frozen experts with so many rows each, forward and input gradients, by the kernel that training uses."""
     config = replace(some, num_experts=EXPERTS, top_k=1, learned_gain=False)
-    layer = SoMELayer(config, pool_dtype=torch.bfloat16, device=device)
-    x_TD = torch.randn(rows * EXPERTS, some.d_model, device=device).bfloat16().requires_grad_()
+    layer = SoMELayer(config, pool_dtype=dtype, device=device)
+    x_TD = torch.randn(rows * EXPERTS, some.d_model, device=device).to(dtype).requires_grad_()
     ids_TK = torch.arange(EXPERTS, device=device).repeat(rows)[:, None]
     gates_TK = torch.ones(rows * EXPERTS, 1, device=device, requires_grad=True)
     gradient_TD = torch.randn_like(x_TD)
@@ -207,17 +216,17 @@ def expert_rate(rows: int, some: SoMEConfig, device: torch.device) -> float:
     return 8 * rows * EXPERTS * some.d_model * some.d_ffn / seconds_of(run, device)
 
 
-def elementwise_rate(device: torch.device) -> float:
+def elementwise_rate(dtype: torch.dtype, device: torch.device) -> float:
     """Bytes/s that the cost model's count of passes makes of a norm and a GELU, forward and backward."""
-    x = torch.randn(ELEMENTS // 512, 512, device=device).bfloat16().requires_grad_()
+    x = torch.randn(ELEMENTS // 512, 512, device=device).to(dtype).requires_grad_()
     gradient = torch.randn_like(x)
 
     def run() -> None:
         x.grad = None
         F.gelu(F.layer_norm(x, (512,))).backward(gradient)
 
-    # Both keep their bf16 input for the backward.
-    return TOUCHES * 2 * 2 * ELEMENTS / seconds_of(run, device)
+    # Both keep their input for the backward.
+    return TOUCHES * 2 * dtype.itemsize * ELEMENTS / seconds_of(run, device)
 
 
 def attention_rate(model: ModelConfig, device: torch.device) -> float:

@@ -32,6 +32,8 @@ class Cluster:
     """Precision and ZeRO stage."""
     row_tokens: int | None = None
     """Mean tokens in a row; None = model.max_seq_len."""
+    assumes_precision: bool = False
+    """Whether the DeepSpeed JSON leaves the precision to the machine, so that the plan goes by the machine's figures."""
 
     @property
     def ranks(self) -> int:

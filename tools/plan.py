@@ -23,8 +23,9 @@ from tools.runs import EXIT_FAILED, EXIT_REFUSED, check_writable
 from trainer.cluster import Machine, read_machine
 from trainer.config import Experiment, load_experiment
 from trainer.distributed import Launch, Layout
-from trainer.ds_config import load_ds_config
+from trainer.ds_config import load_ds_config, precision_of, set_precision
 from trainer.plan import GIB, Sharding, parts
+from trainer.precision import AUTO
 from trainer.text import error_line
 from trainer.usage import read_usage
 
@@ -147,8 +148,10 @@ def read_cluster(arguments: argparse.Namespace, experiment: Experiment) -> Clust
         raise ValueError(f"--row_tokens {arguments.row_tokens}: rows have at most model.max_seq_len = {longest} tokens")
     ranks = arguments.nodes * ranks_per_node
     layout = Layout.of(experiment, Launch(0, ranks, 0, ranks_per_node))
-    sharding = Sharding.of(load_ds_config(arguments.ds_config, experiment, layout, ranks))
-    return Cluster(machine, arguments.nodes, ranks_per_node, sharding, arguments.row_tokens)
+    config = load_ds_config(arguments.ds_config, experiment, layout, ranks)
+    sharding = Sharding.of(set_precision(config, machine.precision))
+    is_open = precision_of(config) == AUTO
+    return Cluster(machine, arguments.nodes, ranks_per_node, sharding, arguments.row_tokens, is_open)
 
 
 def with_bandwidths(machine: Machine, overrides: list[str]) -> Machine:
@@ -168,6 +171,8 @@ def report(experiment: Experiment, cluster: Cluster, standing: Option, options: 
     """The plan as text."""
     best, machine, row = options[0], cluster.machine, cluster.row_tokens or experiment.model.max_seq_len
     precision = "bf16" if cluster.sharding.bf16 else "fp32"
+    if cluster.assumes_precision:
+        precision += " (auto: assumed from the machine's rates)"
     lines = [
         f"{experiment.name}: {experiment.model.num_parameters().total:,} parameters, {precision}, batches of "
         f"{experiment.train.batch_size} rows of {row} tokens, usage {usage}",

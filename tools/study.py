@@ -26,6 +26,7 @@ from tools.results import changed_settings
 from tools.runs import EXIT_FAILED, EXIT_REFUSED, Run, check_writable, command, read_run, start, stop_all, stop_on_signals
 from trainer.config import load_experiment
 from trainer.ds_config import read_precision
+from trainer.precision import AUTO
 from trainer.runfolder import check_writable as check_folder
 from trainer.text import error_line, read_yaml, shown
 
@@ -170,8 +171,9 @@ def _is_stale(folder: Path, study: Study, name: str, seed: int, arguments: argpa
     if found.experiment is None:
         return False
     asked = load_experiment(study.experiment, [*study.settings(name), *arguments.set, f"seed={seed}"])
-    precisions = (None, read_precision(arguments.ds_config))
-    return bool(changed_settings(asked, found.experiment)) or found.start.get("precision") not in precisions
+    precision = read_precision(arguments.ds_config)
+    other_precision = found.start.get("precision") not in (None, precision) and precision != AUTO
+    return bool(changed_settings(asked, found.experiment)) or other_precision
 
 
 def _folder(arguments: argparse.Namespace, variant: str, seed: int) -> Path:
@@ -219,6 +221,7 @@ def _figures(run: Run) -> dict:
         "seconds": run.seconds,
         "commit": run.how.get("git_commit"),
         "device": run.how.get("device"),
+        "precision": run.start.get("precision"),
         "torch": run.how.get("torch"),
     }
 
@@ -279,6 +282,10 @@ def _table(group: dict, variants: dict) -> str:
             )
         ]
         lines.append(f"| {name} | {row['trained']:,} | {loss} | {difference} | {by_seed} | " + " | ".join(means) + " |")
+    found = {figures.get("precision") for name in [group["baseline"], *group["variants"]] for figures in
+             variants[name]["seeds"].values()} - {None}  # fmt: skip
+    if len(found) > 1:
+        lines.append(f"\nThese runs differ in precision ({', '.join(sorted(found))}), which may move losses too.")
     return "\n".join(lines)
 
 
