@@ -1,15 +1,12 @@
 """What the model computes. Knows nothing of files, DeepSpeed or clusters."""
 
-from modeling.config import ModelConfig, ParameterCounts, SoMEConfig
-from modeling.key_rules import KeyRules
-from modeling.transformer import ModelOutput, Transformer, build_model
+from modeling.lazy import lazy_names
 
-__all__ = [
-    "KeyRules",
-    "ModelConfig",
-    "ModelOutput",
-    "ParameterCounts",
-    "SoMEConfig",
-    "Transformer",
-    "build_model",
-]
+__getattr__, __all__ = lazy_names(
+    __name__,
+    {
+        "config": ["ModelConfig", "ParameterCounts", "SoMEConfig"],
+        "key_rules": ["KeyRules"],
+        "transformer": ["ModelOutput", "Transformer", "build_model"],
+    },
+)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.launch import FP32, SCRIPT, environment
-from trainer import run
+from trainer import run, training
 
 SECONDS = 90
 MET = 99
@@ -128,7 +128,7 @@ def _call(arguments: list[str], folder: Path, variables: dict[str, str], out: Pa
     os.environ.update(variables)
     os.chdir(folder)
     sys.argv = ["run.py", *arguments]
-    run.init_process_group = _meet
+    training.init_process_group = _meet
     run.main()
 
 

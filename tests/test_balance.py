@@ -11,10 +11,11 @@ from modeling.some import KeyRules, KeyStore
 from tests.distributed import run_ranks
 from tests.training import make_trainer, train
 from tools import balance
-from trainer.checkpoint import RunState, Snapshot, save_checkpoint
+from trainer.checkpoint import RunState, save_checkpoint
 from trainer.config import load_experiment
 from trainer.engine import CoreState
 from trainer.faults import Faults, FaultsConfig
+from trainer.snapshot import Snapshot
 
 SETTINGS = ["model.num_layers=2", "model.d_model=16", "model.num_heads=2", "model.some.d_ffn=8", "model.vocab_size=300",
             "data.train_documents=64", "data.val_documents=8", "data.tokenizer_documents=null"]  # fmt: skip

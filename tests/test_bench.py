@@ -258,7 +258,7 @@ def test_startup(numerics, capsys):
     rows, _ = figures(capsys, "startup", "--repeats", "1", *trainer_flags(TINY))
     *parts, total = rows
     assert [row["part"] for row in parts] == [
-        "interpreter and imports", "experiment and pool manifest", "import of DeepSpeed", "data", "process group",
+        "interpreter and imports", "pool manifest and checkpoint", "import of DeepSpeed", "data", "process group",
         "deterministic kernels", "model and pool", "engine", "other", "first evaluation", "first step",
     ]  # fmt: skip
     assert total["seconds"] == pytest.approx(sum(row["seconds"] for row in parts))

@@ -20,7 +20,8 @@ from tools.options import Cluster, all_options
 from tools.peak_memory import PeakMemory
 from trainer.cluster import read_machine
 from trainer.config import load_experiment
-from trainer.distributed import Launch, Layout
+from trainer.launch import Launch
+from trainer.layout import Layout
 from trainer.plan import GIB, Sharding
 from trainer.usage import Usage
 

@@ -7,10 +7,14 @@ import torch
 import torch.distributed as dist
 
 from tests.launch import FP32
+from trainer.command_line import parse_arguments
 from trainer.data import story
-from trainer.distributed import Launch, broadcast_text
+from trainer.distributed import broadcast_text
+from trainer.job import decide
+from trainer.launch import Launch
 from trainer.loop import Trainer
-from trainer.run import decide, parse_arguments, prepare_folder_and_data, prepare_trainer
+from trainer.settings import Settings
+from trainer.training import prepare_folder_and_data, prepare_trainer
 
 
 def make_trainer(output_dir: Path, experiment: str, settings: list[str]) -> Trainer:
@@ -18,7 +22,8 @@ def make_trainer(output_dir: Path, experiment: str, settings: list[str]) -> Trai
     changes = [part for setting in settings for part in ("--set", setting)]
     arguments = ["--ds_config", FP32, "--experiment", experiment, "--output_dir", str(output_dir), *changes]
     rank, world = dist.get_rank(), dist.get_world_size()
-    job = decide(parse_arguments(arguments), Launch(rank, world, rank, world))
+    flags = parse_arguments(arguments)
+    job = decide(flags, Settings.read(flags, Launch(rank, world, rank, world)))
     data_folder = prepare_folder_and_data(job) if rank == 0 else None
     return prepare_trainer(job, Path(broadcast_text(str(data_folder))), torch.device("cpu"))
 

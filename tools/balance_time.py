@@ -24,8 +24,9 @@ from tools.checkpoints import dtype_of, load_model
 from trainer.checkpoint import read_state
 from trainer.config import Experiment
 from trainer.data import micro_batches, open_data
-from trainer.distributed import Launch, Layout
 from trainer.job import train_order
+from trainer.launch import Launch
+from trainer.layout import Layout
 from trainer.numerics import set_numerics
 
 

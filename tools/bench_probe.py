@@ -24,13 +24,15 @@ import torch
 import modeling.mixers
 import trainer.loop
 import trainer.run
+import trainer.training
 from modeling.some import KeyStore, Routing
 from tools.bench_baselines import StraightforwardLayer, pairwise_update
 from tools.bench_table import synchronise
+from trainer.launch import Launch
 from trainer.metrics import RunLog
 
 PARTS = {
-    "decide": "experiment and pool manifest",
+    "decide": "pool manifest and checkpoint",
     "check_ds_config": "import of DeepSpeed",
     "prepare_folder_and_data": "data",
     "init_process_group": "process group",
@@ -38,7 +40,7 @@ PARTS = {
     "build_model": "model and pool",
     "Engine": "engine",
 }
-"""Functions of `trainer.run` -> what they are called here."""
+"""Functions of `trainer.training` -> what they are called here."""
 EVENTS = {"eval": "first evaluation", "train": "first step"}
 """Records of metrics.jsonl -> the part that their first one ends."""
 
@@ -152,8 +154,8 @@ def main() -> None:
 
     with ExitStack() as patches:
         for name, part in PARTS.items():
-            wrapped = probe.around(getattr(trainer.run, name), part)
-            patches.enter_context(mock.patch.object(trainer.run, name, wrapped))
+            wrapped = probe.around(getattr(trainer.training, name), part)
+            patches.enter_context(mock.patch.object(trainer.training, name, wrapped))
         patches.enter_context(mock.patch.object(RunLog, "write", watched_write))
         if which == "straightforward":
             patches.enter_context(mock.patch.object(modeling.mixers, "SoMELayer", StraightforwardLayer))
@@ -161,7 +163,7 @@ def main() -> None:
             patches.enter_context(mock.patch.object(trainer.loop, "KeyStoreUpdate", straightforward.begin))
         trainer.run.main()
     assert which == "ours" or straightforward.updates, "the trainer no longer updates keys where this replaces it"
-    rank = trainer.run.Launch.from_environment().rank
+    rank = Launch.from_environment().rank
     Path(f"{report}.{rank}.json").write_text(json.dumps(probe.report()), encoding="utf-8")
 
 

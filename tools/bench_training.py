@@ -12,14 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import trainer.run
 from tools.bench_baselines import why_not_pairwise
 from tools.bench_table import SPREAD, BenchmarkFailed, Table, spread
 from tools.runs import REPOSITORY, Run, command, read_run, start
+from trainer.command_line import parse_arguments
 from trainer.config import Experiment, load_experiment
 from trainer.data import check_source, micro_batches, open_data, prepare_data
-from trainer.distributed import Launch
 from trainer.job import train_order
+from trainer.launch import Launch
+from trainer.settings import Settings
+from trainer.training import run
 
 GIB = 2**30
 WARM_UP = 2
@@ -160,7 +162,8 @@ def check(arguments: argparse.Namespace) -> tuple[Experiment, str]:
         flags += ["--set", setting]
     launch = Launch(rank=0, world_size=arguments.ranks, local_rank=0, local_world_size=arguments.ranks)
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        trainer.run.run(trainer.run.parse_arguments(flags), launch)
+        parsed = parse_arguments(flags)
+        run(parsed, Settings.read(parsed, launch))
     experiment = load_experiment(arguments.experiment, settings_of(arguments))
     check_source(experiment.data)
     plan = next(line for line in printed.getvalue().splitlines() if line.startswith("memory a rank"))

@@ -34,8 +34,6 @@ from trainer.config import Experiment
 from trainer.console import Console
 from trainer.cost import TOUCHES
 from trainer.distributed import (
-    Launch,
-    Layout,
     broadcast_text,
     check_gpus,
     choose_device,
@@ -45,6 +43,8 @@ from trainer.distributed import (
 )
 from trainer.ds_config import load_ds_config, precision_of, set_precision
 from trainer.engine import Engine
+from trainer.launch import Launch
+from trainer.layout import Layout
 from trainer.memory import FreedMemory
 from trainer.metrics import accumulate_statistics
 from trainer.numerics import set_numerics

@@ -31,9 +31,10 @@ from tools.chaos_ranks import Ranks, prepare
 from tools.runs import EXIT_FAILED, EXIT_REFUSED, Run, read_run
 from trainer.checkpoint import MANIFEST, TENSORS, checkpoint_folders
 from trainer.config import load_experiment
-from trainer.distributed import Launch, Layout
 from trainer.ds_config import load_ds_config
 from trainer.exit_codes import DONE
+from trainer.launch import Launch
+from trainer.layout import Layout
 from trainer.resume import NoCheckpoint, checkpoint_at
 from trainer.text import error_line
 

@@ -7,9 +7,10 @@ import torch
 import torch.distributed as dist
 
 from modeling import Transformer, build_model
-from trainer.checkpoint import RunState, load_checkpoint
+from trainer.checkpoint import RunState
 from trainer.config import Experiment
 from trainer.data import check_source, open_data, prepare_data
+from trainer.snapshot import load_checkpoint
 
 
 def dtype_of(precision: str) -> torch.dtype:

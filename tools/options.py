@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from trainer.cluster import Machine
 from trainer.config import Experiment, ParallelConfig
 from trainer.cost import StepTime, step_time
-from trainer.distributed import Launch, Layout
+from trainer.launch import Launch
+from trainer.layout import Layout
 from trainer.plan import GIB, Deployment, Memory, Sharding, Traffic, memory, most_replicas, parts, traffic
 from trainer.usage import Usage
 

@@ -22,8 +22,9 @@ from tools.options import Cluster, Option, all_options, as_it_stands, best_of_ea
 from tools.runs import EXIT_FAILED, EXIT_REFUSED, check_writable
 from trainer.cluster import Machine, read_machine
 from trainer.config import Experiment, load_experiment
-from trainer.distributed import Launch, Layout
 from trainer.ds_config import load_ds_config, precision_of, set_precision
+from trainer.launch import Launch
+from trainer.layout import Layout
 from trainer.plan import GIB, Sharding, parts
 from trainer.precision import AUTO
 from trainer.text import error_line

@@ -37,8 +37,9 @@ from tools.runs import (
 )
 from trainer.config import Experiment, experiment_names, load_experiment
 from trainer.controls import CONTROLS
-from trainer.distributed import Launch, Layout
 from trainer.ds_config import load_ds_config, read_precision
+from trainer.launch import Launch
+from trainer.layout import Layout
 from trainer.precision import AUTO
 from trainer.runfolder import check_writable as check_folder
 from trainer.storage import write_text_atomically

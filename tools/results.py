@@ -11,7 +11,7 @@ from typing import Any
 
 from modeling.key_rules import RULE_PRESETS, KeyRules
 from tools.runs import Run
-from trainer.checkpoint import differing_keys
+from trainer.comparison import differing_keys
 from trainer.config import Experiment, load_experiment
 from trainer.published import EpochResult, PublishedRun, published_ids, published_results
 

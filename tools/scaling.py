@@ -7,7 +7,7 @@ from pathlib import Path
 from tools.options import Cluster, Option, divisors, evaluate
 from tools.runs import check_writable
 from trainer.config import Experiment
-from trainer.distributed import Layout
+from trainer.layout import Layout
 from trainer.usage import Usage, read_usage
 
 SUFFIXES = (".png", ".svg")

@@ -20,7 +20,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 from modeling.some import KeyStore
-from trainer.checkpoint import differing_keys
+from trainer.comparison import differing_keys
 from trainer.config import Experiment
 from trainer.text import visible
 

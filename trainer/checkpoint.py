@@ -18,17 +18,12 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from copy import deepcopy
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from safetensors.torch import load_file
-
-from modeling.some import KeyStore
+from trainer.comparison import differing_keys
 from trainer.config import Experiment
-from trainer.engine import MOMENTS, CoreState
 from trainer.faults import Faults
 from trainer.precision import AUTO
 from trainer.published import merge
@@ -43,6 +38,9 @@ from trainer.storage import (
     write_text_atomically,
 )
 
+if TYPE_CHECKING:
+    from trainer.snapshot import Snapshot
+
 FORMAT = "some-checkpoint-3"
 POINTER, STATE, MANIFEST = "latest", "state.json", "manifest.json"
 CORE, OPTIMIZER, KEYS = TENSORS = ("core.safetensors", "optimizer.safetensors", "keys.safetensors")
@@ -50,15 +48,6 @@ FILES = (*TENSORS, STATE)
 """What the manifest vouches for."""
 REPLACEMENT = ".new"
 """Suffix of a checkpoint that is about to take the place of one of the same step."""
-
-# What may differ between a checkpoint and the run that resumes it, since no number of the curve depends on it. (After NaN
-# it does: evaluations and checkpoints that are due make the checkpoints that `train.on_nan = rollback` goes back to.)
-# The data's path may change; its content is compared by hash.
-FREE_KEYS = {
-    "name", "data.path", "data.cache_dir", "data.allow_fewer", "train.max_micro_batch", "train.eval_every",
-    "train.deterministic", "train.max_skipped", "train.on_nan",
-}  # fmt: skip
-FREE_SECTIONS = ("parallel.", "checkpoint.", "log.", "sample.", "faults.")
 
 
 @dataclass
@@ -106,42 +95,6 @@ class RunState:
     plan cannot be made again from the key stores, which have moved on since, and it depends on the plan before."""
     format: str = FORMAT
     """Format of the folder."""
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """What one checkpoint holds: copies on the CPU, which do not change while training goes on."""
-
-    state: RunState
-    tensors: dict[str, dict[str, torch.Tensor]]
-    """By file and name."""
-
-    @staticmethod
-    def of(state: RunState, core: CoreState, stores: list[KeyStore]) -> "Snapshot":
-        """Of a run as it is now; `core` is the snapshot's from now on."""
-        steps = dict(key_store_steps=[store.steps for store in stores], optimizer_steps=core.steps)
-        return Snapshot(
-            state=deepcopy(replace(state, **steps)),
-            tensors={
-                CORE: core.parameters,
-                OPTIMIZER: {f"{moment}/{name}": t for moment, values in core.moments.items() for name, t in values.items()},
-                KEYS: {
-                    f"{layer}/{name}": buffer.detach().to("cpu", copy=True)
-                    for layer, store in enumerate(stores)
-                    for name, buffer in store.named_buffers()
-                },
-            },
-        )
-
-    @property
-    def num_bytes(self) -> int:
-        """What it takes on a disk, a little rounded up."""
-        tensors = [tensor for file in self.tensors.values() for tensor in file.values()]
-        return sum(tensor.nbytes + 256 for tensor in tensors) + len(self.state_json()) + 2**16
-
-    def state_json(self) -> bytes:
-        """The contents of `state.json`."""
-        return json.dumps(asdict(self.state), indent=1).encode()
 
 
 def read_state(folder: Path) -> RunState:
@@ -223,30 +176,13 @@ def check_resumable(folder: Path, saved: RunState, ours: RunState) -> None:
             raise ValueError(f"{name} = {mine} but the checkpoint {folder} has {theirs}; {advice}, or --resume never")
 
 
-def differing_keys(theirs: dict[str, Any], ours: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Key path to both values wherever two resolved experiments differ in what may change a curve; sorted by key."""
-    theirs, ours = _flatten(theirs), _flatten(ours)
-    return {
-        key: (theirs.get(key), ours.get(key))
-        for key in sorted(theirs.keys() | ours.keys())
-        if theirs.get(key) != ours.get(key) and key not in FREE_KEYS and not key.startswith(FREE_SECTIONS)
-    }
-
-
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in values.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
-
-
 def checkpoint_folder(output_dir: Path, step: int) -> Path:
     """Where the checkpoint of a step is, or would be."""
     return output_dir / "checkpoints" / f"step_{step:08d}"
 
 
 def save_checkpoint(
-    output_dir: Path, snapshot: Snapshot, keep: int, faults: Faults, on_file: Callable[[], None] = lambda: None
+    output_dir: Path, snapshot: "Snapshot", keep: int, faults: Faults, on_file: Callable[[], None] = lambda: None
 ) -> Path:
     """Write a checkpoint and remove those no longer wanted; rank 0 only. `on_file` is called after each file.
 
@@ -289,7 +225,7 @@ def save_checkpoint(
     return final
 
 
-def _write_files(folder: Path, snapshot: Snapshot, faults: Faults, on_file: Callable[[], None]) -> None:
+def _write_files(folder: Path, snapshot: "Snapshot", faults: Faults, on_file: Callable[[], None]) -> None:
     """Every file, and the manifest of them last."""
     step, files = snapshot.state.step, {}
 
@@ -346,19 +282,3 @@ def remove_superseded(newest: Path, state: RunState, keep: int) -> None:
     for folder in folders[keep:]:
         if folder.name.removesuffix(REPLACEMENT) not in kept:
             remove(folder)
-
-
-def load_checkpoint(folder: Path, saved: RunState, stores: list[KeyStore]) -> CoreState:
-    """Put the key stores back in place and return the core."""
-    keys = load_file(folder / KEYS)
-    for layer, store in enumerate(stores):
-        for name, buffer in store.named_buffers():
-            buffer.copy_(keys[f"{layer}/{name}"])
-        store.steps = saved.key_store_steps[layer]
-    moments = load_file(folder / OPTIMIZER)
-    parameters = load_file(folder / CORE)
-    return CoreState(
-        parameters=parameters,
-        moments={moment: {name: moments[f"{moment}/{name}"] for name in parameters} for moment in MOMENTS},
-        steps=saved.optimizer_steps,
-    )

@@ -4,7 +4,7 @@ import argparse
 import difflib
 from typing import NoReturn
 
-from trainer.runfolder import REPOSITORY
+from trainer.paths import REPOSITORY
 
 
 class Parser(argparse.ArgumentParser):

@@ -12,10 +12,6 @@ from trainer.data import Batch
 MOST_NAMED = 3
 
 
-class NumericalFault(RuntimeError):
-    """Numbers are not finite and the run cannot go on; every rank raises it with the same message of one line."""
-
-
 @torch.no_grad()
 def find_suspects(model: Transformer, batches: Iterable[Batch], temperature: float | None, device: torch.device) -> str:
     """What first holds numbers that are not finite: parameters, keys, or what a layer makes of the batch; a collective.

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config import Experiment
-from trainer.distributed import Layout
+from trainer.layout import Layout
 from trainer.precision import AUTO, BF16, FP32
 from trainer.text import read_json, shown
 

@@ -1,5 +1,6 @@
 """A run as it is decided before the ranks meet: what to train, where, spread how, and from which checkpoint."""
 
+import argparse
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,15 +8,20 @@ from typing import Any
 
 import torch
 
+from modeling.mixers import frozen_manifest
 from trainer.checkpoint import RunState, check_resumable
 from trainer.config import Experiment
+from trainer.console import say
 from trainer.data import Dataset, TrainOrder
-from trainer.distributed import Launch, Layout
-from trainer.ds_config import set_precision
+from trainer.ds_config import precision_of, set_precision
+from trainer.launch import Launch
+from trainer.layout import Layout
 from trainer.lock import FolderLock
 from trainer.plan import Deployment, Sharding, most_replicas
-from trainer.precision import Precision
-from trainer.resume import Found
+from trainer.precision import Precision, choose_precision
+from trainer.resume import Found, find_checkpoint
+from trainer.runfolder import earlier_start
+from trainer.settings import Settings
 
 
 @dataclass
@@ -87,6 +93,73 @@ class Job:
         self.state.data_fingerprint, self.state.tokenizer_hash = dataset.fingerprint, dataset.tokenizer_hash
         if self.saved is not None:
             check_resumable(self.checkpoint, self.saved, self.state)
+
+
+def decide(arguments: argparse.Namespace, settings: Settings) -> Job:
+    """Look into the run's folder: where the run starts, and whether it may."""
+    experiment, launch, layout, ds_config = settings.experiment, settings.launch, settings.layout, settings.ds_config
+    model = experiment.model
+    state = RunState(
+        step=0,
+        tokens=0,
+        total_steps=0,
+        precision=precision_of(ds_config),
+        experiment=experiment.to_dict(),
+        pool=frozen_manifest(model, experiment.seed),
+        data_fingerprint="",
+        tokenizer_hash="",
+    )
+    output_dir = Path(arguments.output_dir or Path("runs") / experiment.name)
+    if arguments.dry_run:  # starts nothing, so it does not matter what lies in the folder
+        precision = choose_precision(state.precision, arguments.ds_config, None, model, launch.local_rank)
+        return Job(experiment, launch, layout, ds_config, precision, output_dir, state, None, starts_anew=False, lock=None)
+    lock = FolderLock.existing(output_dir) if launch.rank == 0 else None
+    try:
+        found = find_checkpoint(arguments.resume, output_dir, lambda folder, saved: check_resumable(folder, saved, state))
+    except OSError as error:
+        where = output_dir if arguments.resume == "auto" else f"{output_dir} --resume {arguments.resume}"
+        raise ValueError(f"--output_dir {where}: cannot be read ({error.strerror}); choose another") from None
+    if found is not None and arguments.resume != "auto":
+        own = find_checkpoint("auto", output_dir)
+        if own is not None and own.folder.resolve() != found.folder.resolve():
+            raise ValueError(
+                f"--resume {arguments.resume}: {output_dir} holds a run at {own.folder.name}; continue that with --resume "
+                f"auto, or give another --output_dir to go on from {found.folder}"
+            )
+    starts_anew = arguments.resume == "never"
+    began = None if starts_anew else began_in(found, output_dir, experiment)
+    precision = choose_precision(state.precision, arguments.ds_config, began, model, launch.local_rank)
+    return Job(experiment, launch, layout, ds_config, precision, output_dir, state, found, starts_anew, lock)
+
+
+def began_in(found: Found | None, output_dir: Path, experiment: Experiment) -> str | None:
+    """The precision in which this run began: its checkpoint's or, before its first one, that of its folder; None for a new
+    run."""
+    if found is not None:
+        return found.state.precision
+    config = earlier_start(output_dir, experiment)
+    return None if config is None else precision_of(config)
+
+
+def report_skipped(job: Job) -> None:
+    """Say which checkpoints are of no use; rank 0 only."""
+    for folder, reason in ({} if job.found is None else job.found.skipped).items():
+        print(f"checkpoint {folder} is skipped: {reason}", flush=True)
+
+
+def is_done(job: Job, max_steps: int | None) -> bool:
+    """Whether nothing is left to do; rank 0 says so and how to start anew."""
+    saved = job.saved
+    if saved is None or saved.evaluation_due:
+        return False
+    if saved.step < saved.total_steps and (max_steps is None or saved.step < max_steps):
+        return False
+    if job.launch.rank == 0:
+        what = "is finished" if saved.step >= saved.total_steps else f"has reached --max_steps {max_steps}"
+        loss = "" if saved.val_loss is None else f" with validation loss {saved.val_loss:.4f} nats/token"
+        cure = "start anew with --resume never, or give another --output_dir"
+        say(f"{job.checkpoint.parent.parent} {what} at step {saved.step}{loss}; {cure}")
+    return True
 
 
 def train_order(experiment: Experiment, dataset: Dataset) -> TrainOrder:

@@ -14,21 +14,24 @@ import torch.distributed as dist
 
 from modeling.some import KeyStatistics, KeyStore, KeyStoreUpdate
 from modeling.some.keys import key_store_hashes
-from trainer.checkpoint import RunState, checkpoint_folder, load_checkpoint, read_state
+from trainer.checkpoint import RunState, checkpoint_folder, read_state
 from trainer.config import Experiment
 from trainer.console import Console
 from trainer.data import Batch, Dataset, TrainOrder, micro_batches
-from trainer.diagnose import NumericalFault, find_suspects
-from trainer.distributed import Layout, broadcast_text, gather_texts
+from trainer.diagnose import find_suspects
+from trainer.distributed import broadcast_text, gather_texts
 from trainer.engine import Engine, StepResult
 from trainer.evaluate import evaluate
+from trainer.exit_codes import NumericalFault
 from trainer.faults import Faults
+from trainer.layout import Layout
 from trainer.memory import FreedMemory
 from trainer.metrics import RunLog, accumulate_statistics
 from trainer.placement import begin_placement, replan_if_due
 from trainer.saver import Saver
 from trainer.schedule import learning_rate
 from trainer.served import describe
+from trainer.snapshot import load_checkpoint
 from trainer.stopping import StopSignals
 from trainer.storage import StorageError
 from trainer.watchdog import Progress

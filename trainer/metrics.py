@@ -17,14 +17,11 @@ import torch.nn.functional as F
 
 from modeling.some import KeyStatistics, KeyStore, Routing
 from modeling.some.placement import Placement
+from trainer.runfolder import EXPERTS
 from trainer.storage import StorageError, describe_free, remove, write_text_atomically
 
 if TYPE_CHECKING:
     from trainer.board import Board
-
-
-EXPERTS = "experts.json"
-"""In a run's folder: what its experts serve, by `trainer/served.py`, at the newest evaluation."""
 
 
 def gini(usage_E: torch.Tensor) -> float:

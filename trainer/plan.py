@@ -10,12 +10,10 @@ from dataclasses import dataclass, fields
 from math import comb
 from typing import Any
 
-import torch
-
 from modeling.config import ModelConfig
 from trainer.config import Experiment
-from trainer.distributed import Layout
 from trainer.ds_config import is_bf16
+from trainer.layout import Layout
 from trainer.memory import host_bytes
 from trainer.precision import Precision
 
@@ -205,6 +203,8 @@ def check_memory(experiment: Experiment, deployment: Deployment) -> None:
     held = memory(experiment, deployment)
     needed, model = held.pool + held.core, experiment.model
     if deployment.device == "cuda":
+        import torch  # here alone: what plans must not wait for it
+
         available, where = torch.cuda.get_device_properties(0).total_memory, "its GPU"
     else:
         available, where = host_bytes() // deployment.ranks_per_node, "its share of this machine"

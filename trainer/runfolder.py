@@ -6,21 +6,27 @@ import stat
 import subprocess
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 import yaml
 
-from trainer.checkpoint import checkpoint_folders, differing_keys
+from trainer.checkpoint import checkpoint_folders
+from trainer.comparison import differing_keys
 from trainer.config import Experiment, experiment_from_dict
-from trainer.data import Dataset
-from trainer.distributed import Launch, Layout
-from trainer.metrics import EXPERTS
+from trainer.launch import Launch
+from trainer.layout import Layout
+from trainer.paths import REPOSITORY
 from trainer.precision import Precision
 from trainer.storage import write_text_atomically
 from trainer.text import kind_of
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+if TYPE_CHECKING:
+    from trainer.data import Dataset
+
+EXPERTS = "experts.json"
+"""In a run's folder: what its experts serve, by `trainer/served.py`, at the newest evaluation."""
+MOST_PAIRS = 500
+"""How many pairs of experts a layer names there."""
 
 
 def check_writable(output_dir: Path) -> None:
@@ -104,9 +110,11 @@ def write_config(
     layout: Layout,
     ds_config: dict[str, Any],
     precision: Precision,
-    dataset: Dataset,
+    dataset: "Dataset",
 ) -> None:
     """`config.yaml`: the resolved experiment (readable by `--experiment`) and, under `run`, how and with what it was run."""
+    import torch  # programs that only look at folders need not wait for it
+
     how = {
         "git_commit": git_commit(),
         "python": platform.python_version(),

@@ -9,12 +9,13 @@ from typing import Any
 import torch.distributed as dist
 
 from modeling.some import KeyStore
-from trainer.checkpoint import RunState, Snapshot, save_checkpoint
+from trainer.checkpoint import RunState, save_checkpoint
 from trainer.config import CheckpointConfig
 from trainer.distributed import broadcast_text
 from trainer.engine import CoreState
 from trainer.faults import Faults
 from trainer.metrics import RunLog
+from trainer.snapshot import Snapshot
 from trainer.storage import StorageError
 
 

@@ -11,12 +11,11 @@ import torch.distributed as dist
 from tokenizers import Tokenizer
 
 from modeling.some import Routing
+from trainer.runfolder import MOST_PAIRS
 from trainer.text import readable
 
 MOST_TOKENS = 5
 """How many tokens an expert names."""
-MOST_PAIRS = 500
-"""How many pairs of experts a layer names."""
 
 
 class ServedTokens:

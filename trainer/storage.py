@@ -6,11 +6,13 @@ import os
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
-SAFETENSORS_TYPES = {torch.float32: "F32", torch.float64: "F64", torch.int64: "I64", torch.int32: "I32", torch.bool: "BOOL"}
-"""Those that checkpoints hold, as the format calls them."""
+SAFETENSORS_TYPES = {"float32": "F32", "float64": "F64", "int64": "I64", "int32": "I32", "bool": "BOOL"}
+"""Torch's types that checkpoints hold, as the format calls them."""
 
 
 class StorageError(RuntimeError):
@@ -42,7 +44,7 @@ def write_file(path: Path, parts: Iterable[bytes | memoryview], half_way: Callab
         os.fsync(file.fileno())
 
 
-def safetensors_parts(tensors: dict[str, torch.Tensor]) -> list[bytes | memoryview]:
+def safetensors_parts(tensors: "dict[str, torch.Tensor]") -> list[bytes | memoryview]:
     """The parts of a safetensors file (size of the header, header, data), which share the tensors' memory.
 
     The library's own writers copy every tensor once or twice, which is what a rank with a large pool has no room for.
@@ -55,12 +57,13 @@ def safetensors_parts(tensors: dict[str, torch.Tensor]) -> list[bytes | memoryvi
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     for name in names:
         tensor = tensors[name]
+        kind = SAFETENSORS_TYPES[str(tensor.dtype).removeprefix("torch.")]
         ends = [offset, offset + tensor.nbytes]
-        header[name] = {"dtype": SAFETENSORS_TYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": ends}
+        header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": ends}
         offset = ends[1]
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    data = [memoryview(tensors[name].reshape(-1).view(torch.uint8).numpy()) for name in names if tensors[name].numel()]
+    data = [memoryview(tensors[name].reshape(-1).numpy().view("uint8")) for name in names if tensors[name].numel()]
     return [len(text).to_bytes(8, "little"), text, *data]
 
 

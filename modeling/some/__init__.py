@@ -2,21 +2,16 @@
 
 from modeling.config import SoMEConfig
 from modeling.key_rules import KeyRules
-from modeling.some.experts import FrozenExpertPool, pool_manifest
-from modeling.some.keys import KeyStore, KeyStoreUpdate, update_key_stores
-from modeling.some.layer import SoMELayer
-from modeling.some.router import Routing
-from modeling.some.statistics import KeyStatistics
+from modeling.lazy import lazy_names
 
-__all__ = [
-    "FrozenExpertPool",
-    "KeyRules",
-    "KeyStatistics",
-    "KeyStore",
-    "KeyStoreUpdate",
-    "Routing",
-    "SoMEConfig",
-    "SoMELayer",
-    "pool_manifest",
-    "update_key_stores",
-]
+__getattr__, _lazy = lazy_names(
+    __name__,
+    {
+        "experts": ["FrozenExpertPool", "pool_manifest"],
+        "keys": ["KeyStore", "KeyStoreUpdate", "update_key_stores"],
+        "layer": ["SoMELayer"],
+        "router": ["Routing"],
+        "statistics": ["KeyStatistics"],
+    },
+)
+__all__ = ["KeyRules", "SoMEConfig", *_lazy]

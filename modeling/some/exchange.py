@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch.autograd.graph import get_gradient_edge
 
+from modeling.some.copies import nearest_copies
 from modeling.some.experts import FrozenExpertPool
 from modeling.some.placement import Placement
 
@@ -59,7 +60,7 @@ class AllToAllExchange:
 
     def place(self, placement: Placement) -> None:
         """From now on ask this placement; the pools must hold what it says."""
-        self._nearest = placement.nearest(dist.get_rank(self.group))
+        self._nearest = nearest_copies(placement, dist.get_rank(self.group))
 
     def __call__(
         self, x_TD: torch.Tensor, gates_TK: torch.Tensor, expert_ids_TK: torch.Tensor, pool: FrozenExpertPool

@@ -14,8 +14,9 @@ from tests.cluster.cluster import Cluster, Ending, why_not
 from tests.cluster.jobs import B3, trainer_environment
 from tests.launch import FP32, REPOSITORY, losses, records
 from trainer.config import load_experiment
-from trainer.distributed import Launch, Layout
 from trainer.ds_config import load_ds_config
+from trainer.launch import Launch
+from trainer.layout import Layout
 from trainer.plan import Deployment, Sharding, traffic
 
 NODES, RATE = 4, "200mbit"

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from modeling.some import SoMEConfig, SoMELayer
 from modeling.some.balance import balanced_placement
+from modeling.some.copies import nearest_copies
 from modeling.some.exchange import _Copies, _there_and_back
 from modeling.some.placement import Placement
 from tests.distributed import run_ranks
@@ -92,7 +93,7 @@ def _traffic_of_a_layer(rank: int, chunks: int, replicas: int | None) -> tuple[l
     with Sent() as sent:
         y_BSD, routing = layer(x_TD[None])
         y_BSD.sum().backward()
-    owners_TK = layer.placement.nearest(rank).serving(routing.expert_ids_TK)[0].tolist()
+    owners_TK = nearest_copies(layer.placement, rank).serving(routing.expert_ids_TK)[0].tolist()
     counts_TP = [[int(r in owners) for r in range(ranks)] for owners in owners_TK]
     return [(str(dtype), elements) for dtype, elements in sent.messages], counts_TP
 
@@ -100,7 +101,7 @@ def _traffic_of_a_layer(rank: int, chunks: int, replicas: int | None) -> tuple[l
 def _rows_sent_elsewhere(rank: int, E: int = 16, K: int = 4, T: int = 3000) -> int:
     generator = torch.Generator().manual_seed(rank)
     expert_ids_TK = torch.rand(T, E, generator=generator).topk(K).indices
-    rank_TK, slot_TK = Placement.contiguous(E, dist.get_world_size()).nearest(rank).serving(expert_ids_TK)
+    rank_TK, slot_TK = nearest_copies(Placement.contiguous(E, dist.get_world_size()), rank).serving(expert_ids_TK)
     with Sent() as sent:
         copies = _Copies.of(rank_TK, slot_TK, 1, dist.group.WORLD)
         copies.send(torch.zeros(len(copies.token_S), 1))

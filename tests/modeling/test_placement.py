@@ -9,6 +9,7 @@ import torch
 
 from modeling.some import FrozenExpertPool, SoMEConfig
 from modeling.some.balance import TARGET, balanced_placement, plan
+from modeling.some.copies import nearest_copies
 from modeling.some.placement import Placement
 
 RANDOM_LOADS = [
@@ -110,10 +111,10 @@ def test_experts_stay_where_nothing_is_gained():
 def test_the_nearest_copy_serves_and_far_ones_take_turns():
     placement = Placement(((0, 3), (1, 0), (2, 0), (3, 4)))
     expert_ids_TK = torch.tensor([[0, 1], [0, 3], [0, 4], [3, 0], [3, 0], [2, 0]])
-    rank_TK, slot_TK = placement.nearest(1).serving(expert_ids_TK)
+    rank_TK, slot_TK = nearest_copies(placement, 1).serving(expert_ids_TK)
     assert rank_TK.tolist() == [[1, 1], [1, 3], [1, 3], [3, 1], [0, 1], [2, 1]]
     assert slot_TK.tolist() == [[1, 0], [1, 0], [1, 1], [0, 1], [1, 1], [0, 1]]
-    rank_TK, _ = placement.nearest(3).serving(expert_ids_TK)
+    rank_TK, _ = nearest_copies(placement, 3).serving(expert_ids_TK)
     assert rank_TK.tolist() == [[0, 1], [1, 3], [2, 3], [3, 0], [3, 1], [2, 2]]
 
 
@@ -124,7 +125,7 @@ def test_copies_share_the_load_of_tokens_that_are_spread_over_ranks(ranks):
     expert_ids_T1 = torch.multinomial(torch.tensor(load_E), T, True, generator=torch.Generator().manual_seed(0))[:, None]
     rows_P = torch.zeros(ranks, dtype=torch.int64)
     for rank in range(ranks):
-        serving, slots = placement.nearest(rank).serving(expert_ids_T1)
+        serving, slots = nearest_copies(placement, rank).serving(expert_ids_T1)
         rows_P += torch.bincount(serving.flatten(), minlength=ranks)
         for expert, holder, slot in zip(expert_ids_T1[:, 0].tolist(), serving.tolist(), slots.tolist(), strict=True):
             assert placement.expert_ids_P[holder[0]][slot[0]] == expert

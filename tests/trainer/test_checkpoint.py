@@ -14,19 +14,11 @@ import torch
 
 from modeling.some import KeyRules, KeyStore
 from trainer import checkpoint
-from trainer.checkpoint import (
-    FILES,
-    RunState,
-    Snapshot,
-    check_resumable,
-    load_checkpoint,
-    read_state,
-    save_checkpoint,
-    verify,
-)
+from trainer.checkpoint import FILES, RunState, check_resumable, read_state, save_checkpoint, verify
 from trainer.engine import CoreState
 from trainer.faults import FILE_STAGES, STAGES, Faults, FaultsConfig
 from trainer.resume import find_checkpoint
+from trainer.snapshot import Snapshot, load_checkpoint
 from trainer.storage import StorageError
 
 

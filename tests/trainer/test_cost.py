@@ -12,7 +12,7 @@ import yaml
 from trainer.cluster import Machine, read_machine
 from trainer.config import load_experiment
 from trainer.cost import share, step_time
-from trainer.distributed import Layout
+from trainer.layout import Layout
 from trainer.plan import Deployment, Sharding, distinct_ranks, parts, saved_bytes_per_token, traffic
 from trainer.usage import at_most_once_a_token, imbalance, read_usage
 

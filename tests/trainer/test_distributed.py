@@ -6,7 +6,9 @@ import pytest
 
 from tests.distributed import run_ranks
 from trainer.config import load_experiment
-from trainer.distributed import Launch, Layout, check_gpus, demand_agreement
+from trainer.distributed import check_gpus, demand_agreement
+from trainer.launch import Launch
+from trainer.layout import Layout
 
 SRUN = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "5", "SLURM_NTASKS": "7", "SLURM_LOCALID": "1"}
 

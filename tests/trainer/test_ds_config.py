@@ -7,8 +7,9 @@ import pytest
 
 from tests.launch import REPOSITORY
 from trainer.config import load_experiment
-from trainer.distributed import Launch, Layout
 from trainer.ds_config import is_bf16, load_ds_config, precision_of, read_precision, set_precision
+from trainer.launch import Launch
+from trainer.layout import Layout
 
 SHIPPED = sorted((REPOSITORY / "ds_configs").glob("*.json"))
 ZERO2 = {"zero_optimization": {"stage": 2}}

@@ -15,13 +15,18 @@ from modeling.some.experts import FrozenExpertPool
 from tests.distributed import run_ranks
 from tests.launch import FP32, REPOSITORY, pretend_best
 from tests.oracles.schedule import adamw_step
+from trainer.command_line import parse_arguments
 from trainer.config import load_experiment
 from trainer.data import prepare_data
-from trainer.distributed import Launch, Layout, expert_parallel_group
+from trainer.distributed import expert_parallel_group
 from trainer.ds_config import load_ds_config, set_precision
 from trainer.engine import Engine
+from trainer.job import decide
+from trainer.launch import Launch
+from trainer.layout import Layout
 from trainer.loop import Trainer, check_key_stores
-from trainer.run import decide, parse_arguments, prepare_trainer
+from trainer.settings import Settings
+from trainer.training import prepare_trainer
 
 TINY = [
     "model.d_model=16", "model.num_layers=2", "model.num_heads=2", "model.vocab_size=300", "model.max_seq_len=32",
@@ -103,7 +108,8 @@ def make_trainer(rank: int, folder: str, *settings: str, ds_config: str = FP32, 
     pretend_best(best)
     changes = [part for s in [*TINY, f"data.cache_dir={folder}/cache", *settings] for part in ("--set", s)]
     arguments = ["--ds_config", ds_config, "--output_dir", f"{folder}/run", *changes]
-    job = decide(parse_arguments(arguments), Launch(rank, 2, rank, 2))
+    flags = parse_arguments(arguments)
+    job = decide(flags, Settings.read(flags, Launch(rank, 2, rank, 2)))
     model = job.experiment.model
     data = prepare_data(job.experiment.data, model.vocab_size, model.max_seq_len, 0) if rank == 0 else None
     box = [data]

@@ -14,7 +14,8 @@ from tests.trainer.test_stopping import BALANCED, TINY
 from tests.training import make_trainer
 from trainer.checkpoint import read_state
 from trainer.config import load_experiment
-from trainer.diagnose import NumericalFault, find_suspects
+from trainer.diagnose import find_suspects
+from trainer.exit_codes import NumericalFault
 from trainer.loop import Trainer
 from trainer.resume import checkpoint_at
 

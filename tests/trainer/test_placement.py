@@ -10,7 +10,7 @@ from modeling.some.placement import Placement
 from tests.distributed import run_ranks
 from trainer.checkpoint import RunState
 from trainer.config import ParallelConfig, load_experiment
-from trainer.distributed import Layout
+from trainer.layout import Layout
 from trainer.placement import begin_placement, replan_if_due
 from trainer.plan import Deployment, Sharding, memory, most_replicas
 

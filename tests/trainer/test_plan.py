@@ -12,12 +12,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from modeling import ModelConfig, SoMEConfig, build_model
 from modeling.some import KeyRules, SoMELayer
+from modeling.some.copies import nearest_copies
 from tests.distributed import run_ranks
 from tests.launch import REPOSITORY
 from tests.trainer.test_engine import TINY, Collectives, make_trainer
 from trainer.config import load_experiment
-from trainer.distributed import Layout
 from trainer.ds_config import set_precision
+from trainer.layout import Layout
 from trainer.plan import (
     Deployment,
     Sharding,
@@ -126,7 +127,7 @@ def _count_exchange(rank: int) -> list[tuple[int, int]]:
         with Leaving(rank) as leaving:
             y_BSD, routing = layer(x_TD[None])
             y_BSD.sum().backward()
-        owners_TK = layer.placement.nearest(rank).serving(routing.expert_ids_TK)[0]
+        owners_TK = nearest_copies(layer.placement, rank).serving(routing.expert_ids_TK)[0]
         copies = sum(len(set(owners) - {rank}) for owners in owners_TK.tolist())
         counted.append((copies, leaving.bytes))
     return counted

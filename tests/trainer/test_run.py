@@ -20,7 +20,7 @@ from tests.cluster.jobs import last_step
 from tests.cluster.processes import wait_until
 from tests.distributed import free_port
 from tests.launch import FP32, REPOSITORY, SCRIPT, environment, launch, losses, records, succeed
-from trainer import run
+from trainer import run, training
 from trainer.checkpoint import read_state
 from trainer.config import experiment_names, load_experiment
 from trainer.exit_codes import FAILED, NOT_FINITE, REFUSED, REQUEUE
@@ -35,7 +35,7 @@ SMALL = [
 def call(monkeypatch, *arguments: str) -> None:
     """The command line in this process, where no world may form."""
     monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
-    monkeypatch.setattr(run, "init_process_group", lambda *a, **k: pytest.fail("a process group formed"))
+    monkeypatch.setattr(training, "init_process_group", lambda *a, **k: pytest.fail("a process group formed"))
     run.main()
 
 

@@ -8,7 +8,8 @@ import torch
 from modeling.some import Routing
 from tests.distributed import run_ranks
 from trainer.data.tokenizer import train_tokenizer
-from trainer.served import MOST_PAIRS, MOST_TOKENS, ServedTokens, describe, most_coselected
+from trainer.runfolder import MOST_PAIRS
+from trainer.served import MOST_TOKENS, ServedTokens, describe, most_coselected
 
 E, K, V, LAYERS = 7, 3, 11, 2
 SIZES = ((40, 5, 0, 60), (0, 0, 0, 0), (3, 200, 1, 30))

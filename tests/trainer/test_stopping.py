@@ -17,10 +17,10 @@ from tests.distributed import free_port, run_ranks, start_process
 from tests.launch import FP32, losses, records, wait_for
 from tests.training import make_trainer
 from trainer import run, stopping
-from trainer.checkpoint import read_state
-from trainer.distributed import Launch
+from trainer.checkpoint import RunState, read_state
 from trainer.exit_codes import REQUEUE
-from trainer.job import Job
+from trainer.job import Job, is_done
+from trainer.launch import Launch
 from trainer.loop import Trainer
 from trainer.resume import Found, checkpoint_at
 from trainer.stopping import StopSignals
@@ -100,12 +100,12 @@ def test_a_run_stopped_anywhere_goes_on_as_if_it_had_not_been(tmp_path):
 
 
 def test_a_run_whose_last_evaluation_is_due_is_not_done(tmp_path):
-    state = run.RunState(8, 0, 8, "fp32", {}, {}, "", "", evaluation_due=True)
+    state = RunState(8, 0, 8, "fp32", {}, {}, "", "", evaluation_due=True)
     found = Found(tmp_path / "a" / "b", state, seconds=0.0, skipped={})
     job = Job(None, Launch(1, 2, 1, 2), None, {}, tmp_path, state, found, starts_anew=False, lock=None)
-    assert not run.is_done(job, None) and not run.is_done(job, 5)
+    assert not is_done(job, None) and not is_done(job, 5)
     state.evaluation_due = False
-    assert run.is_done(job, None)
+    assert is_done(job, None)
 
 
 # One process

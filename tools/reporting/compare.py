@@ -10,7 +10,7 @@ from typing import Any
 from tools.reporting.table import Entry
 from tools.runs import Run, number
 from tools.study import paired
-from trainer.checkpoint import differing_keys
+from trainer.comparison import differing_keys
 
 TOLERANCE = 0.05
 """An evaluation counts for a budget that it misses by no more than this part of it."""

@@ -7,7 +7,7 @@ import numpy as np
 from tools.reporting.curves import column, step_seconds
 from tools.reporting.table import Column, Entry, text
 from tools.runs import Run
-from trainer.distributed import Layout
+from trainer.layout import Layout
 from trainer.plan import Deployment, Sharding, memory, traffic
 
 COLUMNS = (

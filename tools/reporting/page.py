@@ -15,7 +15,7 @@ from tools.reporting.served import served
 from tools.reporting.table import COLUMNS, Entry
 from tools.runs import Run
 from tools.study import T_95
-from trainer.served import MOST_PAIRS
+from trainer.runfolder import MOST_PAIRS
 from trainer.text import visible
 
 HERE = Path(__file__).parent

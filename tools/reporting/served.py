@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from trainer.metrics import EXPERTS
+from trainer.runfolder import EXPERTS
 from trainer.text import visible
 
 LONGEST_TOKEN = 24
