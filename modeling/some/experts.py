@@ -17,14 +17,17 @@ import torch.nn.functional as F
 from torch import nn
 
 from modeling.config import SoMEConfig
-from modeling.some.experts_amx import MULTIPLE, amx_experts, can_use_amx, why_not_amx
+from modeling.some import experts_amx, experts_simd
+from modeling.some.experts_amx import amx_experts, can_use_amx, why_not_amx
 from modeling.some.experts_grouped import can_use_grouped, grouped_experts
 from modeling.some.experts_loop import loop_experts
+from modeling.some.experts_simd import can_use_simd, simd_experts, why_not_simd
 from modeling.some.rows import RoutedRows
 from modeling.some.weights import GRID_DTYPES, ExpertWeights, expert_weights, scales
 
-KERNELS = {"amx": amx_experts, "grouped": grouped_experts, "loop": loop_experts}
-"""Implementations: `amx` (fused, for CPUs that have it), `grouped` (grouped products, for GPUs), `loop` (everywhere)."""
+KERNELS = {"amx": amx_experts, "simd": simd_experts, "grouped": grouped_experts, "loop": loop_experts}
+"""Implementations: `amx` (fused, bf16 on CPUs that have AMX), `simd` (fused, fp32 on CPUs that have AVX2 or AVX-512),
+`grouped` (grouped products, for GPUs), `loop` (everywhere)."""
 
 
 @contextlib.contextmanager
@@ -87,8 +90,8 @@ class FrozenExpertPool(nn.Module):
 
     def _best_kernel(self) -> str:
         """The fastest of `KERNELS` for weights of this size, in this dtype and on this device."""
-        uses = {"amx": can_use_amx(self.weights), "grouped": can_use_grouped(self.weights), "loop": True}
-        return next(name for name, usable in uses.items() if usable)
+        uses = {"amx": can_use_amx, "simd": can_use_simd, "grouped": can_use_grouped, "loop": lambda weights: True}
+        return next(name for name, usable in uses.items() if usable(self.weights))
 
     def _apply(self, fn, recurse=True):
         for name, buffer in list(self.named_buffers(recurse=False)):
@@ -99,10 +102,12 @@ class FrozenExpertPool(nn.Module):
         return self
 
     def describe_kernel(self) -> str:
-        """Which kernel computes; where it is the slow one on a CPU in bf16, why."""
-        if self.kernel != "loop" or self.weights.dtype != torch.bfloat16 or self.w_down_eFD.is_cuda:
+        """Which kernel computes; where it is the slow one on a CPU, why."""
+        fused = {torch.bfloat16: (why_not_amx, experts_amx.MULTIPLE), torch.float32: (why_not_simd, experts_simd.MULTIPLE)}
+        if self.kernel != "loop" or self.weights.dtype not in fused or self.w_down_eFD.device.type != "cpu":
             return self.kernel
-        return f"loop, as {why_not_amx(self.w_down_eFD.dtype) or f'widths are not multiples of {MULTIPLE}'}"
+        why_not, multiple = fused[self.weights.dtype]
+        return f"loop, as {why_not(self.w_down_eFD.dtype) or f'widths are not multiples of {multiple}'}"
 
     @property
     def weights(self) -> ExpertWeights:

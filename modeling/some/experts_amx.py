@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from modeling.some.native import Unavailable, load_library
+from modeling.some.native_experts import call_experts
 from modeling.some.rows import RoutedRows
 from modeling.some.weights import ExpertWeights
 
@@ -33,10 +34,14 @@ def why_not_amx(kept: torch.dtype = torch.bfloat16) -> str | None:
     if missing:
         return f"the processor has no {', '.join(missing)}"
     try:
-        allowed = load_library(SOURCE, *FLAGS).experts_allowed()
+        allowed = _library().experts_allowed()
     except Unavailable as reason:
         return str(reason)
     return None if allowed else "the system does not let programs use AMX"
+
+
+def _library() -> ctypes.CDLL:
+    return load_library(SOURCE, *FLAGS)
 
 
 def can_use_amx(weights: ExpertWeights) -> bool:
@@ -63,7 +68,7 @@ class _AmxExperts(torch.autograd.Function):
         keep = any(ctx.needs_input_grad)
         h_RF = x_in_TD.new_empty(sum(rows.rows_e), weights.w_down_eFD.shape[1]) if keep else None
         y_TD = torch.empty(x_TD.shape, dtype=_result_dtype(x_TD.dtype))
-        _call("experts_forward", rows, weights, x_in_TD, gates_N, h_RF, y_TD, y_TD.dtype == torch.float32)
+        call_experts(_library(), "experts_forward", rows, weights, x_in_TD, gates_N, h_RF, y_TD, y_TD.dtype == torch.float32)
         ctx.save_for_backward(gates_N, h_RF)
         ctx.rows, ctx.weights, ctx.x_dtype = rows, weights, x_TD.dtype
         return y_TD.to(x_TD.dtype)
@@ -75,39 +80,11 @@ class _AmxExperts(torch.autograd.Function):
         grad_x_TD = torch.empty(grad_y_TD.shape, dtype=_result_dtype(ctx.x_dtype))
         grad_gates_N = torch.zeros_like(gates_N)
         is_fp32 = grad_x_TD.dtype == torch.float32
-        _call("experts_backward", ctx.rows, ctx.weights, grad_in_TD, gates_N, h_RF, grad_x_TD, is_fp32, grad_gates_N)
+        others = (grad_in_TD, gates_N, h_RF, grad_x_TD, is_fp32, grad_gates_N)
+        call_experts(_library(), "experts_backward", ctx.rows, ctx.weights, *others)
         return grad_x_TD.to(ctx.x_dtype), ctx.rows.unsort(grad_gates_N), None, None
 
 
 def _result_dtype(wanted: torch.dtype) -> torch.dtype:
     """What the kernel writes for a wanted dtype: bf16, or fp32 for all others."""
     return torch.bfloat16 if wanted == torch.bfloat16 else torch.float32
-
-
-class _Rows(ctypes.Structure):
-    """`Rows` of the source."""
-
-    _fields_ = [(name, ctypes.c_void_p) for name in ("tokens", "row_of", "of_expert")] + [
-        (name, ctypes.c_int64) for name in ("experts", "R", "T", "K")
-    ]
-
-
-def _call(function: str, rows: RoutedRows, weights: ExpertWeights, *others: torch.Tensor | bool | None) -> None:
-    """Call with rows, sizes and weights, which both functions begin with, then the others; None is a null pointer."""
-    rows_e = torch.tensor(rows.rows_e, dtype=torch.int64)
-    indices = [tensor.data_ptr() for tensor in (rows.tokens_N, rows.row_of_TK, rows_e)]
-    c_rows = _Rows(*indices, len(rows_e), sum(rows.rows_e), *rows.row_of_TK.shape)
-    _, F, D = weights.w_down_eFD.shape
-    tensors = [weights.w_down_eFD, weights.b_down_eF, weights.w_up_eDF, weights.b_up_eD]
-    scales = [ctypes.c_float(weights.scale_down), ctypes.c_float(weights.scale_up)]
-    is_int8 = weights.w_down_eFD.dtype == torch.int8
-    arguments = [*map(_argument, tensors), *scales, *map(_argument, (is_int8, *others))]
-    call = getattr(load_library(SOURCE, *FLAGS), function)
-    call(ctypes.byref(c_rows), ctypes.c_int64(D), ctypes.c_int64(F), *arguments)
-
-
-def _argument(value: torch.Tensor | bool | None) -> ctypes.c_void_p | ctypes.c_int:
-    if isinstance(value, bool):
-        return ctypes.c_int(value)
-    assert value is None or value.is_contiguous()
-    return ctypes.c_void_p(None if value is None else value.data_ptr())

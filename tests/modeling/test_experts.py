@@ -6,13 +6,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from modeling.some import FrozenExpertPool, SoMEConfig, pool_manifest
+from modeling.some import FrozenExpertPool, SoMEConfig, experts_simd, pool_manifest
 from modeling.some.experts_amx import why_not_amx
+from modeling.some.experts_simd import why_not_simd
 from modeling.some.native import load_library
 from modeling.some.weights import expert_weights, grids, scales
+from tests.modeling.expert_pools import WIDE, check_against_float64, check_threads, make_pool, make_slots
 
 CONFIG = SoMEConfig(d_model=16, num_experts=6, d_ffn=24, top_k=2)
-WIDE = SoMEConfig(d_model=64, num_experts=6, d_ffn=96, top_k=2)  # what the fused kernel takes: multiples of 32
+COMPUTING = [(kernel, torch.bfloat16) for kernel in ("loop", "amx", "grouped")] + [("simd", torch.float32)]
+"""Kernels, and a dtype in which each computes."""
 
 
 def test_weights_depend_on_nothing_but_their_arguments():
@@ -116,7 +119,7 @@ def test_a_pool_that_is_cast_or_moved_is_as_if_built_so(grid):
     slots_TK = make_slots(50, WIDE.num_experts, 2, 0.0, generator)
     x_TD, gates_TK = torch.randn(50, WIDE.d_model, generator=generator), torch.rand(50, 2, generator=generator)
     wide = bf16.float()
-    assert wide.kernel == "loop" and wide.weights.dtype == torch.float32
+    assert wide.kernel == fp32.kernel and wide.weights.dtype == torch.float32
     # Values on a grid are the same in both; others were rounded once.
     tolerance = 1e-5 if grid != "none" else 1e-2
     expected_TD = fp32(x_TD, gates_TK, slots_TK)
@@ -150,25 +153,6 @@ def test_biases_are_zero_and_nothing_is_a_parameter_or_saved():
     assert not list(pool.parameters()) and not pool.state_dict()
 
 
-def make_pool(kernel: str, dtype: torch.dtype, config: SoMEConfig = WIDE, biases: bool = True) -> FrozenExpertPool:
-    if kernel == "amx" and why_not_amx():
-        pytest.skip(f"the fused kernel cannot run here: {why_not_amx()}")
-    pool = FrozenExpertPool(config, dtype=dtype)
-    pool.kernel = kernel
-    generator = torch.Generator().manual_seed(0)
-    for bias in (pool.b_down_eF, pool.b_up_eD) if biases else ():
-        bias.normal_(generator=generator)
-    return pool
-
-
-def make_slots(tokens: int, experts: int, top_k: int, elsewhere: float, generator: torch.Generator) -> torch.Tensor:
-    """Distinct experts for each token, unevenly popular, some of them in other shards."""
-    popularity = torch.rand(tokens, experts, generator=generator) + torch.linspace(0, 1.5, experts)
-    slots_TK = popularity.topk(top_k).indices
-    slots_TK[torch.rand(slots_TK.shape, generator=generator) < elsewhere] = -1
-    return slots_TK
-
-
 @pytest.mark.parametrize(
     ("kernel", "dtype", "x_dtype", "tolerance"),
     [
@@ -177,6 +161,8 @@ def make_slots(tokens: int, experts: int, top_k: int, elsewhere: float, generato
         ("amx", torch.bfloat16, torch.bfloat16, 6e-3),
         ("amx", torch.bfloat16, torch.float32, 5e-3),
         ("amx", torch.bfloat16, torch.float16, 5e-3),
+        ("simd", torch.float32, torch.float32, 1e-6),
+        ("simd", torch.float32, torch.bfloat16, 3e-3),
         ("grouped", torch.float32, torch.float32, 1e-6),
         ("grouped", torch.bfloat16, torch.bfloat16, 6e-3),
     ],
@@ -188,64 +174,32 @@ def make_slots(tokens: int, experts: int, top_k: int, elsewhere: float, generato
 def test_outputs_and_gradients_equal_the_reference_in_float64(
     kernel, dtype, x_dtype, tolerance, tokens, top_k, elsewhere, grid
 ):
-    config = replace(WIDE, expert_grid=grid)
-    if (kernel, grid) == ("amx", "fp8"):
-        pytest.skip("the fused kernel reads bf16 and int8")
-    pool, exact = make_pool(kernel, dtype, config), make_pool("loop", torch.float64, config)
-    for ours, its in zip(pool.buffers(), exact.buffers(), strict=True):
-        its.copy_(ours)
-    generator = torch.Generator().manual_seed(tokens)
-    slots_TK = make_slots(tokens, WIDE.num_experts, top_k, elsewhere, generator)
-    x_TD, weight_TD = (torch.randn(tokens, WIDE.d_model, generator=generator).to(x_dtype) for _ in range(2))
-    gates_TK = torch.rand(tokens, top_k, generator=generator)
-    results = []
-    for compute, precision in ((pool.forward, x_dtype), (exact.reference, torch.float64)):
-        x, gates = x_TD.to(precision, copy=True).requires_grad_(), gates_TK.clone().requires_grad_()
-        y_TD = compute(x, gates, slots_TK)
-        (y_TD * weight_TD).sum().backward()
-        results.append((y_TD.detach(), x.grad, gates.grad))
-    for ours, reference, kind in zip(*results, (x_dtype, x_dtype, torch.float32), strict=True):
-        assert ours.dtype == kind
-        assert (ours - reference).norm() <= tolerance * reference.norm()
-    assert (slots_TK == -1).all(dim=1).logical_not().equal(results[0][0].any(dim=1)), (
-        "a token without experts here gets zero"
-    )
+    if kernel in ("amx", "simd") and grid == "fp8":
+        pytest.skip("the fused kernels do not read fp8")
+    pool = make_pool(kernel, dtype, replace(WIDE, expert_grid=grid))
+    check_against_float64(pool, x_dtype, tolerance, tokens, top_k, elsewhere)
 
 
 def test_the_fused_kernel_does_not_depend_on_threads():
-    pool, generator = make_pool("amx", torch.bfloat16), torch.Generator().manual_seed(0)
-    slots_TK = make_slots(900, WIDE.num_experts, 4, 0.1, generator)
-    x_TD, gates_TK = torch.randn(900, WIDE.d_model, generator=generator).bfloat16(), torch.rand(900, 4, generator=generator)
-    threads, results = torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            x, gates = x_TD.clone().requires_grad_(), gates_TK.clone().requires_grad_()
-            y_TD = pool(x, gates, slots_TK)
-            y_TD.square().sum().backward()
-            results.append((y_TD.detach(), x.grad, gates.grad))
-    finally:
-        torch.set_num_threads(threads)
-    for result in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+    check_threads(make_pool("amx", torch.bfloat16), torch.bfloat16)
 
 
-@pytest.mark.parametrize("kernel", ["loop", "amx", "grouped"])
-def test_nothing_but_preactivations_is_kept_for_the_backward(kernel):
-    pool = make_pool(kernel, torch.bfloat16)
-    x_TD = torch.randn(64, WIDE.d_model).bfloat16().requires_grad_()
+@pytest.mark.parametrize(("kernel", "dtype"), COMPUTING)
+def test_nothing_but_preactivations_is_kept_for_the_backward(kernel, dtype):
+    pool = make_pool(kernel, dtype)
+    x_TD = torch.randn(64, WIDE.d_model).to(dtype).requires_grad_()
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         pool(x_TD, torch.rand(64, 1, requires_grad=True), torch.zeros(64, 1, dtype=torch.int64))
     pool_storages = {buffer.data_ptr() for buffer in pool.buffers()}
     own = [(t.numel(), t.dtype) for t in kept if t.data_ptr() not in pool_storages]
-    assert own == [(64, torch.float32), (64 * WIDE.d_ffn, torch.bfloat16)], "gates and h alone"
+    assert own == [(64, torch.float32), (64 * WIDE.d_ffn, dtype)], "gates and h alone"
 
 
-@pytest.mark.parametrize("kernel", ["loop", "amx", "grouped"])
-def test_no_rows_at_all(kernel):
-    pool = make_pool(kernel, torch.bfloat16)
-    x_TD = torch.randn(0, WIDE.d_model).bfloat16().requires_grad_()
+@pytest.mark.parametrize(("kernel", "dtype"), COMPUTING)
+def test_no_rows_at_all(kernel, dtype):
+    pool = make_pool(kernel, dtype)
+    x_TD = torch.randn(0, WIDE.d_model).to(dtype).requires_grad_()
     y_TD = pool(x_TD, torch.zeros(0, 2, requires_grad=True), torch.zeros(0, 2, dtype=torch.int64))
     y_TD.sum().backward()
     assert y_TD.shape == x_TD.grad.shape == (0, WIDE.d_model)
@@ -255,24 +209,31 @@ def test_a_pool_uses_the_fused_kernel_where_it_can():
     def kernel(config, **options):
         return FrozenExpertPool(config, **options).kernel
 
-    assert kernel(CONFIG, dtype=torch.bfloat16) == kernel(WIDE) == "loop", "a width that does not fit, and fp32"
-    assert kernel(WIDE, dtype=torch.bfloat16) == ("loop" if why_not_amx() else "amx")
-    assert FrozenExpertPool(WIDE).describe_kernel() == "loop"
-    narrow = FrozenExpertPool(CONFIG, dtype=torch.bfloat16).describe_kernel()
-    assert narrow == f"loop, as {why_not_amx() or 'widths are not multiples of 32'}"
+    bf16 = {"dtype": torch.bfloat16}
+    assert kernel(CONFIG, **bf16) == kernel(CONFIG) == kernel(WIDE, dtype=torch.float64) == "loop", (
+        "no width or dtype for it"
+    )
+    assert kernel(WIDE, **bf16) == ("loop" if why_not_amx() else "amx")
+    assert kernel(WIDE) == ("loop" if why_not_simd() else "simd")
+    for options, why_not, multiple in ((bf16, why_not_amx(), 32), ({}, why_not_simd(), 16)):
+        narrow = FrozenExpertPool(CONFIG, **options).describe_kernel()
+        assert narrow == f"loop, as {why_not or f'widths are not multiples of {multiple}'}"
 
 
 def test_without_a_compiler_the_loop_computes_and_the_reason_is_known(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    load_library.cache_clear()
-    why_not_amx.cache_clear()
+    cached = load_library, why_not_amx, experts_simd.why_not_built
+    for function in cached:
+        function.cache_clear()
     try:
         assert "install one or set CXX" in why_not_amx() or why_not_amx().startswith("the processor has no")
-        pool = FrozenExpertPool(WIDE, dtype=torch.bfloat16)
-        assert pool.kernel == "loop" and pool.describe_kernel() == f"loop, as {why_not_amx()}"
+        assert "install one or set CXX" in why_not_simd() or why_not_simd().startswith("torch uses neither")
+        for dtype, reason in ((torch.bfloat16, why_not_amx()), (torch.float32, why_not_simd())):
+            pool = FrozenExpertPool(WIDE, dtype=dtype)
+            assert pool.kernel == "loop" and pool.describe_kernel() == f"loop, as {reason}"
     finally:
-        load_library.cache_clear()
-        why_not_amx.cache_clear()
+        for function in cached:
+            function.cache_clear()
 
 
 def test_manifest_tells_pools_apart():

@@ -17,77 +17,21 @@
 // G groups of 16 rows. D and F are multiples of 32.
 
 #include "amx.h"
+#include "tasks.h"
 
-#include <omp.h>
-#include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include <algorithm>
-#include <cstdint>
-#include <cstdlib>
 #include <type_traits>
-#include <vector>
 
 namespace {
 
-constexpr int64_t TASK_ROWS = 256;   // so that a task's tokens and activations stay in the L2 cache
-constexpr int64_t MIN_TASK_ROWS = 32;
-
-// ---------------------------------------------------------------------------------------------------------------- tasks
-
-struct Rows {  // as the caller has it; row_of (T, K): the row of each of a token's experts, or -1
-    const int64_t *tokens, *row_of, *of_expert;
-    int64_t experts, R, T, K;
-};
-
-struct Task {
-    int64_t expert, first, rows;
-    int64_t groups() const { return (rows + TILE - 1) / TILE; }
-};
-
-std::vector<Task> make_tasks(const int64_t* rows_of_expert, int64_t experts, int64_t total) {
-    const int64_t share = total / (8 * int64_t(omp_get_max_threads()));
-    const int64_t most = std::clamp(share / MIN_TASK_ROWS * MIN_TASK_ROWS, MIN_TASK_ROWS, TASK_ROWS);
-    std::vector<Task> tasks;
-    int64_t first = 0;
-    for (int64_t expert = 0; expert < experts; ++expert) {
-        const int64_t end = first + rows_of_expert[expert];
-        const int64_t parts = (end - first + most - 1) / most;
-        for (int64_t left = parts; left > 0; --left) {
-            const int64_t even = (end - first + left - 1) / left;
-            const int64_t rows = std::min(end - first, (even + TILE - 1) / TILE * TILE);
-            if (rows > 0) tasks.push_back({expert, first, rows});
-            first += rows;
-        }
-    }
-    return tasks;
-}
-
-// Memory that lives as long as its thread, so that its pages are touched once.
-class Scratch {
-  public:
-    ~Scratch() { std::free(memory); }
-    bf16* get(int64_t values) {
-        const int64_t bytes = (values * int64_t(sizeof(bf16)) + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
-        if (bytes > size) {
-            std::free(memory);
-            memory = std::aligned_alloc(HUGE_PAGE, bytes);
-            if (memory == nullptr) std::abort();
-            madvise(memory, bytes, MADV_HUGEPAGE);
-            size = bytes;
-        }
-        return static_cast<bf16*>(memory);
-    }
-
-  private:
-    static constexpr int64_t HUGE_PAGE = 2 << 20;
-    void* memory = nullptr;
-    int64_t size = 0;
-};
+constexpr int64_t TASK_ROWS = 256;  // so that a task's tokens and activations stay in the L2 cache
 
 thread_local Scratch task_scratch;    // of every thread: what a task works on
 thread_local Scratch result_scratch;  // of the calling thread: results of all rows, before they are summed by token
+
+int64_t groups_of(const Task& task) { return (task.rows + TILE - 1) / TILE; }
 
 // The weights of the shard, or of one expert of it.
 template <typename Weight>
@@ -173,8 +117,8 @@ inline void weights_by_tokens(const bf16* weights, int64_t width, const bf16* to
 template <typename Weight>
 void forward_task(const Task& task, const Weights<Weight>& w, const bf16* x, const float* gates, const int64_t* tokens,
                   bf16* h, bf16* y) {
-    const int64_t D = w.D, F = w.F, groups = task.groups();
-    bf16* packed = task_scratch.get((TASK_ROWS + TILE) * (D + F) + std::max(D, F) * STEP);
+    const int64_t D = w.D, F = w.F, groups = groups_of(task);
+    bf16* packed = task_scratch.get<bf16>((TASK_ROWS + TILE) * (D + F) + std::max(D, F) * STEP);
     bf16* activations = packed + groups * TILE * D;
     bf16* buffer = activations + groups * TILE * F;
     const auto rows_of = [&](int64_t group) { return std::min(TILE, task.rows - group * TILE); };
@@ -264,8 +208,8 @@ inline void tokens_by_weights(const bf16* tokens, int64_t width, const bf16* pan
 template <typename Weight>
 void backward_task(const Task& task, const Weights<Weight>& w, const bf16* grad_y, const float* gates, const int64_t* tokens,
                    const bf16* h, bf16* grad_x, float* grad_gates) {
-    const int64_t D = w.D, F = w.F, groups = task.groups(), padded = groups * TILE;
-    bf16* rows_y = task_scratch.get((TASK_ROWS + TILE) * (D + F + 2 * TILE) + std::max(D, F) * STEP);
+    const int64_t D = w.D, F = w.F, groups = groups_of(task), padded = groups * TILE;
+    bf16* rows_y = task_scratch.get<bf16>((TASK_ROWS + TILE) * (D + F + 2 * TILE) + std::max(D, F) * STEP);
     bf16* rows_h = rows_y + padded * D;
     float* gate_sums = reinterpret_cast<float*>(rows_h + padded * F);
     bf16* panel = rows_h + padded * (F + 2 * TILE);
@@ -342,8 +286,8 @@ void combine_to(const bf16* source, const int64_t* row_of, int64_t T, int64_t K,
 
 template <typename Weight>
 void forward(const Weights<Weight>& w, const Rows& rows, const bf16* x, const float* gates, bf16* h, void* y, int is_fp32) {
-    const std::vector<Task> tasks = make_tasks(rows.of_expert, rows.experts, rows.R);
-    bf16* rows_y = result_scratch.get(rows.R * w.D);
+    const std::vector<Task> tasks = make_tasks(rows, TASK_ROWS, TILE);
+    bf16* rows_y = result_scratch.get<bf16>(rows.R * w.D);
 #pragma omp parallel
     {
         const Tiles tiles;
@@ -357,8 +301,8 @@ void forward(const Weights<Weight>& w, const Rows& rows, const bf16* x, const fl
 template <typename Weight>
 void backward(const Weights<Weight>& w, const Rows& rows, const bf16* grad_y, const float* gates, const bf16* h, void* grad_x,
               int is_fp32, float* grad_gates) {
-    const std::vector<Task> tasks = make_tasks(rows.of_expert, rows.experts, rows.R);
-    bf16* rows_x = result_scratch.get(rows.R * w.D);
+    const std::vector<Task> tasks = make_tasks(rows, TASK_ROWS, TILE);
+    bf16* rows_x = result_scratch.get<bf16>(rows.R * w.D);
 #pragma omp parallel
     {
         const Tiles tiles;
