@@ -29,7 +29,7 @@ from tools.bench_table import Table
 
 CPU = torch.device("cpu")
 CONFIG = SoMEConfig(d_model=16, num_experts=6, d_ffn=24, top_k=3, expert_bias="torch")
-LAYER = "--d_model 16 --d_ffn 32 --top_k 2 --dtype fp32 --repeats 2".split()
+LAYER = "--d_model 16 --d_ffn 32 --top_k 2 --precision fp32 --repeats 2".split()
 TINY = [
     "model.vocab_size=300", "model.d_model=16", "model.num_layers=2", "model.num_heads=2", "model.max_seq_len=32",
     "model.some.num_experts=8", "model.some.d_ffn=8", "train.batch_size=8", "data.train_documents=64",
@@ -194,10 +194,10 @@ def test_layer(numerics, capsys, monkeypatch):
     assert len(rows) == 4 * len({row["contender"] for row in rows}) and computes_as_the_trainer()
     assert {(row["experts"], row["tokens"]) for row in rows} == {(4, 16), (4, 48), (8, 16), (8, 48)}
     names = " ".join(row["contender"] for row in rows)
-    for part in ("kernel loop", "and key update", "query network and routing", "straightforward", "DeepSpeed"):
+    for part in ("kernel loop", "and key update", "query network and routing", "FFN alone", "straightforward", "DeepSpeed"):
         assert part in names
     for start in range(0, len(rows), len(rows) // 4):
-        dense = next(row for row in rows[start:] if row["contender"] == "dense frozen FFN")
+        dense = next(row for row in rows[start:] if row["contender"] == "dense frozen FFN and query network")
         for row in rows[start : start + len(rows) // 4]:
             assert 0 < row["ms_min"] <= row["ms"] <= row["ms_max"]
             assert row["x_dense"] == pytest.approx(row["ms"] / dense["ms"])

@@ -2,6 +2,7 @@
 
     python tools/bench.py                                          # layer and update, about two minutes
     python tools/bench.py layer --tokens 2048 8192 --experts 64
+    python tools/bench.py layer --precision fp32
     python tools/bench.py step --experiment a4 --set data.path=DIR
     python tools/bench.py exchange --json figures.json
 
@@ -112,7 +113,7 @@ def add_flags(add: Callable, benchmark: Benchmark) -> None:
         add("--top_k", type=int, default=4, metavar="K", help="experts a token (default 4)")
         add("--d_model", type=int, default=512, metavar="D", help="width (default 512)")
         add("--d_ffn", type=int, default=1024, metavar="F", help="hidden width of an expert (default 1024)")
-        add("--dtype", choices=list(DTYPES), default="bf16", help="of experts and inputs (default bf16)")
+        add("--precision", choices=list(DTYPES), default="bf16", help="of experts and inputs (default %(default)s)")
         if benchmark.has_chunks:
             add("--chunks", type=int, nargs="+", default=[1], metavar="C", help="parallel.chunks (default 1)")
         return

@@ -154,7 +154,7 @@ def bench_exchange(arguments: argparse.Namespace) -> Table:
     try:
         for config in configs:
             for tokens in arguments.tokens:
-                task = Task(config, tokens, DTYPES[arguments.dtype], ranks)
+                task = Task(config, tokens, DTYPES[arguments.precision], ranks)
                 _measure(task, arguments.chunks, arguments.repeats, table)
     finally:
         torch.set_num_threads(threads)

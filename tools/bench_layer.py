@@ -25,7 +25,9 @@ from trainer.config import TrainConfig
 from trainer.numerics import set_numerics
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-DENSE, LAYER = "dense frozen FFN", "SoME layer, forward + backward"
+DENSE, LAYER = "dense frozen FFN and query network", "SoME layer, forward + backward"
+"""What a layer and a key update are compared with. The dense block has the FLOPs of the experts; the query network beside it is
+trained in both, so that what remains is the price of choosing among experts."""
 Contenders = dict[str, Callable[[], None]]
 
 
@@ -35,7 +37,7 @@ def bench_layer(arguments: argparse.Namespace) -> Table:
     Raises:
         ValueError: sizes that make no layer.
     """
-    configs, device, dtype = configs_of(arguments), choose_device(), DTYPES[arguments.dtype]
+    configs, device, dtype = configs_of(arguments), choose_device(), DTYPES[arguments.precision]
     table = Table(
         "layer",
         conditions_of(arguments, "forward + backward"),
@@ -60,7 +62,7 @@ def bench_update(arguments: argparse.Namespace) -> Table:
     Raises:
         ValueError: sizes that make no layer.
     """
-    configs, device, dtype = configs_of(arguments), choose_device(), DTYPES[arguments.dtype]
+    configs, device, dtype = configs_of(arguments), choose_device(), DTYPES[arguments.precision]
     table = Table(
         "update",
         conditions_of(arguments, "rules v4"),
@@ -87,7 +89,7 @@ def configs_of(arguments: argparse.Namespace) -> list[SoMEConfig]:
 
 def conditions_of(arguments: argparse.Namespace, what: str) -> dict:
     """What holds for all rows of a table."""
-    names = {"D": "d_model", "F": "d_ffn", "k": "top_k", "dtype": "dtype", "repeats": "repeats"}
+    names = {"D": "d_model", "F": "d_ffn", "k": "top_k", "precision": "precision", "repeats": "repeats"}
     sizes = {name: getattr(arguments, key) for name, key in names.items()}
     return {"measured": what, **sizes, "device": str(choose_device()), "threads": torch.get_num_threads()}
 
@@ -110,7 +112,6 @@ def other_layers(layer: SoMELayer, dtype: torch.dtype, device: torch.device) -> 
     gridded = some_layer(replace(config, expert_grid="int8"), dtype, device)
     gridded.query, gridded.store = layer.query, layer.store
     layers: dict[str, nn.Module] = {
-        DENSE: DenseFrozen(config, dtype, device),
         f"SoME layer, pool of 8 bits, kernel {gridded.pool.kernel}": gridded,
         "straightforward algorithm": straightforward,
     }
@@ -131,7 +132,7 @@ def _layer_contenders(
     layer: SoMELayer, others: dict[str, nn.Module], tokens: int, dtype: torch.dtype, device: torch.device
 ) -> Contenders:
     """All of them get the same input and the same gradient of their output."""
-    config, kernel = layer.config, layer.pool.kernel
+    config, kernel, dense = layer.config, layer.pool.kernel, DenseFrozen(layer.config, dtype, device)
     x_1TD, grad_1TD = _random_batch(tokens, config.d_model, dtype, device)
 
     def forward_backward(module: nn.Module) -> Callable[[], None]:
@@ -163,12 +164,16 @@ def _layer_contenders(
         gates_TK, _ = route(layer.query(x_1TD).flatten(0, 1), layer.store.keys, config.top_k, config.temperature)
         gates_TK.backward(torch.ones_like(gates_TK))
 
+    def dense_and_query() -> None:
+        x_1TD.grad = None
+        torch.autograd.backward((dense(x_1TD), layer.query(x_1TD)), (grad_1TD, grad_1TD.float()))
+
     kernels = [kernel] if kernel == "loop" else [kernel, "loop"]
-    contenders: Contenders = {DENSE: forward_backward(others[DENSE])}
+    contenders: Contenders = {DENSE: dense_and_query, "dense frozen FFN alone": forward_backward(dense)}
     contenders |= {f"SoME layer, kernel {name}": with_kernel(name) for name in kernels}
     contenders[f"SoME layer, kernel {kernel}, and key update"] = with_update
     contenders["its query network and routing alone"] = routing_alone
-    return contenders | {name: forward_backward(module) for name, module in others.items() if name != DENSE}
+    return contenders | {name: forward_backward(module) for name, module in others.items()}
 
 
 def _update_contenders(layer: SoMELayer, tokens: int, dtype: torch.dtype, device: torch.device) -> Contenders:
