@@ -75,7 +75,7 @@ def _command_line(arguments: tuple[str, ...], variables: dict[str, str], out: st
 
 def pretend_best(name: str) -> None:
     """From now on this precision suits the machine of this process."""
-    precision.best_precision = lambda model, local_rank: precision.Precision(name, "pretended")
+    precision.best_precision = lambda *_: precision.Precision(name, "pretended")
 
 
 def succeed(*arguments: str, ranks: int = 1, best: tuple[str, ...] = ()) -> str:

@@ -27,6 +27,7 @@ from tools.bench_layer import DTYPES, bench_layer, bench_update
 from tools.bench_table import BenchmarkFailed, Table, machine
 from tools.bench_training import bench_memory, bench_startup, bench_step
 from tools.runs import EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED, check_writable, stop_on_signals
+from trainer.precision import AUTO, best_precision
 from trainer.text import error_line
 
 DEFAULT = ("layer", "update")
@@ -113,7 +114,8 @@ def add_flags(add: Callable, benchmark: Benchmark) -> None:
         add("--top_k", type=int, default=4, metavar="K", help="experts a token (default 4)")
         add("--d_model", type=int, default=512, metavar="D", help="width (default 512)")
         add("--d_ffn", type=int, default=1024, metavar="F", help="hidden width of an expert (default 1024)")
-        add("--precision", choices=list(DTYPES), default="bf16", help="of experts and inputs (default %(default)s)")
+        help = "of experts and inputs; auto: what a run takes on this machine (default %(default)s)"
+        add("--precision", choices=[AUTO, *DTYPES], default=AUTO, help=help)
         if benchmark.has_chunks:
             add("--chunks", type=int, nargs="+", default=[1], metavar="C", help="parallel.chunks (default 1)")
         return
@@ -136,6 +138,8 @@ def run(arguments: argparse.Namespace) -> None:
         chosen = [parse_arguments([command]) for command in DEFAULT]
     for one in chosen:
         check(one)
+        if getattr(one, "precision", None) == AUTO:
+            one.precision = best_precision(one.d_model, one.d_ffn, local_rank=0).name
     if arguments.json not in (None, "-"):
         check_writable(Path(arguments.json), "--json")
     tables, hardware = [], machine()

@@ -51,20 +51,22 @@ def choose_precision(asked: str, path: str, began: str | None, model: ModelConfi
         model: its sizes decide the probe's.
         local_rank: which GPU of this machine to look at, where there is any.
     """
+    hidden = model.some.d_ffn if model.channel_mixer == "some" else model.d_ffn or model.d_model
     if asked == AUTO and began is None:
-        return best_precision(model, local_rank)
+        return best_precision(model.d_model, hidden, local_rank)
     if asked == AUTO:
         kept = Precision(began, "as the run began")
     else:
         kept = Precision(asked, f"bf16.enabled = {'true' if asked == BF16 else 'false'} in {path}")
     if kept.name == FP32:
         return kept
-    here = best_precision(model, local_rank)
+    here = best_precision(model.d_model, hidden, local_rank)
     return kept if here.name == BF16 else Precision(BF16, f"{kept.reason}; slow here: {here.reason}")
 
 
-def best_precision(model: ModelConfig, local_rank: int) -> Precision:
-    """What suits this machine: bf16 on GPUs that have it, and on CPUs where a product of the model's size is faster so."""
+def best_precision(width: int, hidden: int, local_rank: int) -> Precision:
+    """What suits this machine: bf16 on GPUs that have it, and on CPUs where products of matrices (width, hidden) are faster
+    so."""
     import torch  # takes seconds, which `--help` and refusals need not wait
 
     if torch.cuda.is_available():
@@ -73,7 +75,7 @@ def best_precision(model: ModelConfig, local_rank: int) -> Precision:
         if capability >= MIN_CAPABILITY:
             return Precision(BF16, found)
         return Precision(FP32, f"{found}, and bf16 needs {'.'.join(map(str, MIN_CAPABILITY))}")
-    ratio = bf16_speedup(model.d_model, model.some.d_ffn if model.channel_mixer == "some" else model.d_ffn or model.d_model)
+    ratio = bf16_speedup(width, hidden)
     if ratio >= MIN_SPEEDUP:
         return Precision(BF16, f"its products are {ratio:.1f}x as fast as those of fp32 on this CPU")
     if ratio < 1:

@@ -50,7 +50,7 @@ def gpus(monkeypatch):
 def test_a_cpu_gets_bf16_where_it_is_faster(monkeypatch, gpus, speedup, name, says):
     gpus()
     monkeypatch.setattr(precision, "bf16_speedup", lambda width, hidden: speedup)
-    found = best_precision(ModelConfig(), 0)
+    found = best_precision(512, 1024, 0)
     assert found.name == name and says in found.reason
     assert Precision.parse(str(found)) == found
 
@@ -67,7 +67,7 @@ def test_a_gpu_gets_bf16_where_it_has_it(monkeypatch, gpus, capability, name, sa
     gpus(*capability)
     monkeypatch.setattr(precision, "bf16_speedup", lambda *sizes: pytest.fail("a CPU was probed"))
     for local_rank in (0, 5):  # more ranks than GPUs are refused later, in words of its own
-        found = best_precision(ModelConfig(), local_rank)
+        found = best_precision(512, 1024, local_rank)
         assert found.name == name and says in found.reason
 
 
@@ -92,7 +92,7 @@ def test_only_an_open_choice_is_made_and_what_began_stays(monkeypatch):
         return choose_precision(asked, "my.json", began, ModelConfig(), 0)
 
     for best, other in (("bf16", "fp32"), ("fp32", "bf16")):
-        monkeypatch.setattr(precision, "best_precision", lambda model, local_rank, best=best: Precision(best, "probed"))
+        monkeypatch.setattr(precision, "best_precision", lambda *_, best=best: Precision(best, "probed"))
         assert choose("auto") == Precision(best, "probed")
         assert choose("auto", began=other).name == other == choose(other).name
         assert choose(best, began=other).name == best, "which resuming refuses"
