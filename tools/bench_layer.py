@@ -26,8 +26,8 @@ from trainer.numerics import set_numerics
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 DENSE, LAYER = "dense frozen FFN and query network", "SoME layer, forward + backward"
-"""What a layer and a key update are compared with. The dense block has the FLOPs of the experts; the query network beside it
-is trained in both, so that what remains is the price of choosing among experts."""
+"""What a layer and a key update are compared with. The dense block has the FLOPs of the experts, and the query network is
+trained in both: what is left is the price of choosing among experts."""
 Contenders = dict[str, Callable[[], None]]
 
 

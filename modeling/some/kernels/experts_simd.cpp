@@ -11,7 +11,7 @@
 // their rows or a panel of their columns. There their distances are no powers of two, which caches cannot hold many of. While
 // one is multiplied, the next is copied into the other half of the buffer, so that the wait for memory is hidden.
 //
-// A task is up to TASK_ROWS rows of one expert; threads take tasks in turn. Rows are independent of each other, so results do
+// A task is up to task_rows() rows of one expert; threads take tasks in turn. Rows are independent of each other, so results do
 // not depend on tasks or threads. Sums over a token's experts are taken in the order of its slots.
 //
 // Names: D width, F expert hidden width, R routed rows sorted by expert, T tokens, K experts a token, n rows of a task. D and F
@@ -20,13 +20,19 @@
 #include "simd.h"
 #include "tasks.h"
 
-#include <cstring>
+#include <unistd.h>
+
 #include <type_traits>
 
 namespace {
 
-constexpr int64_t TASK_ROWS = 128;  // so that a task's tokens and activations stay in the L2 cache
-constexpr int64_t APART = 16;       // values between rows in buffers, lest their distance be a power of two
+constexpr int64_t APART = 16;  // values between rows in buffers, lest their distance be a power of two
+
+// Most rows of a task: what passes by every block of weights, tokens or activations, takes half of the L2 cache.
+int64_t task_rows(int64_t D, int64_t F) {
+    const int64_t reported = sysconf(_SC_LEVEL2_CACHE_SIZE), cache = reported > 0 ? reported : 1 << 20;
+    return std::clamp<int64_t>(cache / 2 / int64_t(std::max(D, F) * sizeof(float)) / 32 * 32, 32, 128);
+}
 
 thread_local Scratch task_scratch;    // of every thread: what a task works on
 thread_local Scratch result_scratch;  // of the calling thread: results of all rows, before they are summed by token
@@ -57,34 +63,34 @@ inline void copy(const int8_t* from, float scale, float* to, int64_t values) {
     for (int64_t i = 0; i < values; i += LANES) store(to + i, load(from + i) * all(scale));
 }
 
-// Side work of a product: copies MOST_ROWS rows that begin at `from`, and asks for those behind them.
+// Side work of a product: copies the MOST_ROWS rows that begin at `from`, one at each step of a chunk, and asks for those behind
+// them.
 template <typename Weight>
 struct CopyRows {
     const Weight* from;
     const Matrix<Weight>& matrix;
     float* to;
-    void operator()(int64_t k) const {
-        const int64_t stride = matrix.columns;
-        for (int64_t row = 0; row < MOST_ROWS; ++row) {
-            __builtin_prefetch(from + (row + MOST_ROWS) * stride + k, 0, 2);
-            copy(from + row * stride + k, matrix.scale, to + row * (stride + APART) + k, CHUNK);
-        }
+    void operator()(int64_t start, int64_t row) const {
+        if (row >= MOST_ROWS) return;
+        const Weight* source = from + row * matrix.columns + start;
+        __builtin_prefetch(source + MOST_ROWS * matrix.columns);
+        copy(source, matrix.scale, to + row * (matrix.columns + APART) + start, CHUNK);
     }
 };
 
-// The same for MOST_VECS vectors of columns; asks for rows further down.
+// The same for MOST_VECS vectors of columns, a row at each step. What it asks for is not far down, because lines whose distance
+// is a power of two push each other out.
 template <typename Weight>
 struct CopyColumns {
     const Weight* from;
     const Matrix<Weight>& matrix;
     float* to;
-    void operator()(int64_t k) const {
+    void operator()(int64_t start, int64_t step) const {
         constexpr int64_t WIDTH = MOST_VECS * LANES, AHEAD = 64;
-        for (int64_t row = k; row < k + CHUNK; ++row) {
-            for (int64_t i = 0; i < WIDTH; i += 64 / sizeof(Weight))
-                __builtin_prefetch(from + (row + AHEAD) * matrix.columns + i, 0, 2);
-            copy(from + row * matrix.columns, matrix.scale, to + row * WIDTH, WIDTH);
-        }
+        const Weight* source = from + (start + step) * matrix.columns;
+        for (int64_t i = 0; i < WIDTH; i += 64 / sizeof(Weight))
+            __builtin_prefetch(source + AHEAD * matrix.columns + i, 0, 2);
+        copy(source, matrix.scale, to + (start + step) * WIDTH, WIDTH);
     }
 };
 
@@ -194,9 +200,10 @@ void forward_task(const Task& task, const Weights<Weight>& w, const float* x, co
                   float* h, float* y) {
     const int64_t D = w.D, F = w.F;
     const Panels panels{task.rows};
-    float* packed = task_scratch.get<float>((TASK_ROWS + LANES) * (D + F) + 2 * MOST_ROWS * (std::max(D, F) + APART));
-    float* activations = packed + panels.vecs() * LANES * D;
-    float* buffer = activations + panels.vecs() * LANES * F;
+    const int64_t padded = panels.vecs() * LANES;
+    float* packed = task_scratch.get<float>(padded * (D + F) + 2 * MOST_ROWS * (std::max(D, F) + APART));
+    float* activations = packed + padded * D;
+    float* buffer = activations + padded * F;
 
     pack_tokens(x, tokens + task.first, panels, D, packed);
     weights_by_tokens(Matrix<Weight>{w.down, F, D, w.scale_down}, packed, panels, activations, buffer);
@@ -259,10 +266,10 @@ void backward_task(const Task& task, const Weights<Weight>& w, const float* grad
                    const float* h, float* grad_x, float* grad_gates) {
     const int64_t D = w.D, F = w.F, n = task.rows, stride_y = D + APART, stride_h = F + APART;
     // Products of few rows read up to LEAST_ROWS of them; what is computed of the others is dropped.
-    const int64_t most = TASK_ROWS + LANES + LEAST_ROWS;
-    float* rows_y = task_scratch.get<float>(most * (stride_y + stride_h) + 2 * std::max(D, F) * MOST_VECS * LANES);
-    float* rows_h = rows_y + (n + LEAST_ROWS) * stride_y;
-    float* buffer = rows_h + (n + LEAST_ROWS) * stride_h;
+    const int64_t padded = n + LEAST_ROWS;
+    float* rows_y = task_scratch.get<float>(padded * (stride_y + stride_h) + 2 * std::max(D, F) * MOST_VECS * LANES);
+    float* rows_h = rows_y + padded * stride_y;
+    float* buffer = rows_h + padded * stride_h;
 
     for (int64_t row = 0; row < n; ++row) {
         const float* source = grad_y + tokens[task.first + row] * D;
@@ -298,8 +305,9 @@ void combine(const float* source, const Rows& rows, int64_t D, float* target) {
 
 template <typename Weight>
 void forward(const Weights<Weight>& w, const Rows& rows, const float* x, const float* gates, float* h, float* y) {
-    const std::vector<Task> tasks = make_tasks(rows, TASK_ROWS, LANES);
+    const std::vector<Task> tasks = make_tasks(rows, task_rows(w.D, w.F), LANES);
     float* rows_y = result_scratch.get<float>(rows.R * w.D);
+    if (h != nullptr) ask_huge_pages(h, rows.R * w.F * sizeof(float));
 #pragma omp parallel for schedule(dynamic, 1)
     for (size_t i = 0; i < tasks.size(); ++i)
         forward_task(tasks[i], w.of(tasks[i].expert), x, gates, rows.tokens, h, rows_y);
@@ -309,7 +317,7 @@ void forward(const Weights<Weight>& w, const Rows& rows, const float* x, const f
 template <typename Weight>
 void backward(const Weights<Weight>& w, const Rows& rows, const float* grad_y, const float* gates, const float* h,
               float* grad_x, float* grad_gates) {
-    const std::vector<Task> tasks = make_tasks(rows, TASK_ROWS, LANES);
+    const std::vector<Task> tasks = make_tasks(rows, task_rows(w.D, w.F), LANES);
     float* rows_x = result_scratch.get<float>(rows.R * w.D);
 #pragma omp parallel for schedule(dynamic, 1)
     for (size_t i = 0; i < tasks.size(); ++i)

@@ -117,23 +117,24 @@ inline Gelu gelu(Vec x) {
 
 // A tile of results: up to MOST_ROWS rows by up to MOST_VECS vectors, all of it in registers.
 #ifdef __AVX512F__
-constexpr int MOST_ROWS = 12, MOST_VECS = 2;
+constexpr int MOST_ROWS = 12, MOST_VECS = 2;  // of 32 registers 24 hold results, of 16 below 12
 #else
 constexpr int MOST_ROWS = 6, MOST_VECS = 2;
 #endif
 constexpr int LEAST_ROWS = MOST_ROWS / 2;
-constexpr int64_t CHUNK = 16;  // of what is contracted over: between two pieces of side work
+constexpr int64_t CHUNK = 16;  // steps of what is contracted over; widths are multiples of it
 
 // The size of the next block where `left` are left: `most`, but the last two are halves, so that none is small.
 inline int64_t block_size(int64_t left, int64_t most) { return left >= 2 * most ? most : left > most ? (left + 1) / 2 : left; }
 
 struct NoWork {
-    void operator()(int64_t) const {}
+    void operator()(int64_t, int64_t) const {}
 };
 
 // c (rows, VECS * LANES) = a (rows, depth) times b (depth, VECS * LANES). Each value is one chain of additions in the order of
 // `depth`, whatever the tile, so that results do not depend on how rows are divided. Rows of `a` up to ROWS are read, and only
-// `rows` are written. `work(k)` is called in every chunk, so that its loads and stores hide behind the multiplications.
+// `rows` are written. `work(start of the chunk, step in it)` is called at every step, so that its loads and stores hide behind
+// the multiplications; all at once, they would not.
 template <int ROWS, int VECS, typename Work>
 inline void multiply(const float* a, int64_t a_stride, const float* b, int64_t depth, float* c, int64_t c_stride,
                      int64_t rows, const Work& work) {
@@ -143,9 +144,9 @@ inline void multiply(const float* a, int64_t a_stride, const float* b, int64_t d
 #pragma GCC unroll 4
         for (int vec = 0; vec < VECS; ++vec) sums[row][vec] = all(0);
     for (int64_t start = 0; start < depth; start += CHUNK) {
-        work(start);
 #pragma GCC unroll 4
         for (int64_t k = start; k < start + CHUNK; ++k) {
+            work(start, k - start);
             Vec columns[VECS];
 #pragma GCC unroll 4
             for (int vec = 0; vec < VECS; ++vec) columns[vec] = load(b + (k * VECS + vec) * LANES);

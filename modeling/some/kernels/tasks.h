@@ -39,6 +39,15 @@ inline std::vector<Task> make_tasks(const Rows& rows, int64_t most, int64_t mult
     return tasks;
 }
 
+constexpr int64_t HUGE_PAGE = 2 << 20;
+
+// Ask for huge pages in memory that is not yet touched: one fault instead of 512.
+inline void ask_huge_pages(void* memory, int64_t bytes) {
+    const uintptr_t first = (uintptr_t(memory) + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
+    const uintptr_t end = (uintptr_t(memory) + bytes) / HUGE_PAGE * HUGE_PAGE;
+    if (first < end) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
+}
+
 // Memory that lives as long as its thread, so that its pages are touched once.
 class Scratch {
   public:
@@ -50,14 +59,13 @@ class Scratch {
             std::free(memory);
             memory = std::aligned_alloc(HUGE_PAGE, bytes);
             if (memory == nullptr) std::abort();
-            madvise(memory, bytes, MADV_HUGEPAGE);
+            ask_huge_pages(memory, bytes);
             size = bytes;
         }
         return static_cast<Value*>(memory);
     }
 
   private:
-    static constexpr int64_t HUGE_PAGE = 2 << 20;
     void* memory = nullptr;
     int64_t size = 0;
 };
