@@ -6,8 +6,9 @@ saves (it casts parameters only since 0.19.2).
 
 import contextlib
 import io
-import logging
 import math
+import os
+import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -168,6 +169,8 @@ def check_ds_config(path: str, config: dict[str, Any]) -> None:
 @contextlib.contextmanager
 def _deepspeed(show_log: bool) -> Iterator[Any]:
     """The module, with its banner, warnings and info lines kept out of sight unless asked for; errors always show."""
+    # Else it looks for itself, warns where it finds no GPU, and may choose a device that the model is not on.
+    os.environ["DS_ACCELERATOR"] = "cuda" if torch.cuda.is_available() else "cpu"
     with contextlib.ExitStack() as quiet:
         if not show_log:
             # Deprecations inside torch and DeepSpeed, at every collective: nothing that a user could act on.
@@ -176,9 +179,11 @@ def _deepspeed(show_log: bool) -> Iterator[Any]:
             quiet.enter_context(warnings.catch_warnings())
             warnings.simplefilter("ignore")
         import deepspeed
+        from deepspeed.utils import logger, set_log_level_from_string
 
-        if not show_log:
-            logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+        set_log_level_from_string("info" if show_log else "error")
+        for handler in logger.handlers:
+            handler.setStream(sys.stderr)  # it took stdout as it was at the import, which may have been out of sight
         # On CPUs it would compile a shared-memory collective for a minute or more, needing a compiler, and again whenever a
         # flag differs; only its inference engine uses it.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

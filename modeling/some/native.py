@@ -36,9 +36,10 @@ def load_library(source: str, *flags: str) -> ctypes.CDLL:
     """
     if sys.platform != "linux" or platform.machine() != "x86_64":
         raise Unavailable(f"it is for Linux on x86-64, and this is {sys.platform} on {platform.machine()}")
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    name = os.environ.get("CXX", "g++")
+    compiler = shutil.which(name)
     if compiler is None:
-        raise Unavailable(f"there is no C++ compiler {os.environ.get('CXX', 'g++')}; install one or set CXX")
+        raise Unavailable(f"there is no C++ compiler {name}; install g++ (Debian, Ubuntu: apt install g++) or set CXX")
     command = [compiler, *FLAGS, *flags, str(SOURCES / source)]
     folder = Path(os.environ.get("SOME_CACHE_DIR") or "~/.cache/some").expanduser() / "kernels"
     texts = [path.read_bytes() for path in (SOURCES / source, *sorted(SOURCES.glob("*.h")))]

@@ -226,8 +226,8 @@ def test_without_a_compiler_the_loop_computes_and_the_reason_is_known(monkeypatc
     for function in cached:
         function.cache_clear()
     try:
-        assert "install one or set CXX" in why_not_amx() or why_not_amx().startswith("the processor has no")
-        assert "install one or set CXX" in why_not_simd() or why_not_simd().startswith("torch uses neither")
+        assert "apt install g++) or set CXX" in why_not_amx() or why_not_amx().startswith("the processor has no")
+        assert "apt install g++) or set CXX" in why_not_simd() or why_not_simd().startswith("torch uses neither")
         for dtype, reason in ((torch.bfloat16, why_not_amx()), (torch.float32, why_not_simd())):
             pool = FrozenExpertPool(WIDE, dtype=dtype)
             assert pool.kernel == "loop" and pool.describe_kernel() == f"loop, as {reason}"

@@ -235,7 +235,7 @@ def test_a_disk_that_is_full_at_the_start_is_no_refusal(finished, monkeypatch, c
         raise OSError(number, os.strerror(number))
 
     for number, code in ((errno.ENOSPC, FAILED), (errno.EROFS, REFUSED)):
-        monkeypatch.setattr(run, "write_config", write)
+        monkeypatch.setattr(training, "write_config", write)
         with pytest.raises(SystemExit) as ended:
             call(monkeypatch, *finished[1], "--output_dir", str(tmp_path / "run"))
         assert ended.value.code == code
