@@ -1,11 +1,13 @@
 """Run a test function on real ranks: one process each, gloo between them."""
 
 import io
+import itertools
 import multiprocessing
 import os
 import socket
 import time
 import traceback
+import zlib
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.process import BaseProcess
@@ -16,23 +18,44 @@ import torch.distributed as dist
 
 from tools.chaos_ranks import PRELOADED
 
-SECONDS = 120
+SECONDS = 240
+"""Until ranks count as hanging: long, since tests run side by side on machines of any speed."""
+FIRST_PORT, PORTS = 10_240, 500
+"""Ports of tests lie below those that the system deals out by itself; each process that runs tests has 500 of its own."""
+
+
+def _own_ports() -> range:
+    """Those of this process: workers of one test run are neighbours, and test runs beside each other far apart by chance."""
+    test_run = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    blocks = (32_768 - FIRST_PORT) // PORTS
+    first = FIRST_PORT + (zlib.crc32(test_run.encode()) + worker) % blocks * PORTS
+    return range(first, first + PORTS)
+
+
+_ports = itertools.cycle(_own_ports())
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    """A TCP port that nobody listens on, and that no test beside this one is given either."""
+    for port in _ports:
+        with socket.socket() as s:
+            try:
+                s.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise AssertionError("a cycle has no end")
 
 
 def start_process(function: Callable[..., Any], *arguments: Any) -> BaseProcess:
     """A process of its own for `function(*arguments)`, with one thread unless it asks for more.
 
-    It is forked off a server that has imported once what takes a rank some ten seconds.
+    It is forked off a server that has imported once what takes a rank some ten seconds: one server for all tests of this
+    process, whichever of them comes first.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
+    context.set_forkserver_preload(["__main__", "tests.warm", *PRELOADED])
     process = context.Process(target=function, args=arguments, daemon=True)
     threads = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = "1"  # read once, when the server imports torch

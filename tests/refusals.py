@@ -3,17 +3,17 @@ nothing else. What such a child says is what a program of its own would say, whi
 """
 
 import ctypes
-import multiprocessing
 import os
 import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tests.distributed import start_process
 from tests.launch import FP32, SCRIPT, environment
 from trainer import run, training
 
-SECONDS = 90
+SECONDS = 240
 MET = 99
 """Exit code of a child that was not refused and came to where the ranks meet."""
 TINY = {
@@ -27,9 +27,6 @@ TINY = {
     "log": {"tensorboard": False},
     "sample": {"tokens": 0},
 }  # fmt: skip
-
-_server = multiprocessing.get_context("forkserver")
-_server.set_forkserver_preload(["__main__", "tests.warm"])
 
 
 @dataclass(frozen=True)
@@ -69,8 +66,7 @@ def call(*arguments: str, folder: Path, timeout: float = SECONDS, **variables: s
         variables: added to the environment.
     """
     out, err = (folder.with_name(f"{folder.name}.{stream}") for stream in ("out", "err"))
-    child = _server.Process(target=_call, args=(list(arguments), folder, environment(**variables), out, err))
-    child.start()
+    child = start_process(_call, list(arguments), folder, environment(**variables), out, err)
     child.join(timeout)
     code = child.exitcode
     child.kill()
