@@ -14,14 +14,15 @@ ALL = [*BALANCED, "parallel.replicas=auto", "parallel.chunks=3", "train.max_micr
 
 
 class Runs:
-    """Quickstart in fp32, each way of running it run once."""
+    """Quickstart in fp32, smaller than it is, each way of running it run once."""
 
     def __init__(self, folder: Path, cache_dir: Path):
         self.folder = folder
         self.common = [
             "--ds_config", FP32, "--experiment", "quickstart", "--set", f"data.cache_dir={cache_dir}",
             "--set", "data.train_documents=1500", "--set", "data.val_documents=40", "--set", "sample.tokens=0",
-            "--set", "parallel.check_every=5", "--set", "train.batch_size=16",
+            "--set", "parallel.check_every=5", "--set", "train.batch_size=16", "--set", "model.max_seq_len=64",
+            "--set", "model.d_model=64", "--set", "model.num_layers=2", "--set", "model.some.d_ffn=64",
         ]  # fmt: skip
         self.done: dict[str, Path] = {}
 
@@ -92,7 +93,7 @@ def test_one_curve_on_any_ranks(runs, name, ranks, settings):
     ],
 )
 def test_resume_on_other_ranks(runs, name, start, before, after):
-    unbroken = runs.run("unbroken", 2, "parallel.ep_size=2") if before[0] == 2 else runs.run("reference", 1)
+    unbroken = runs.run("two ranks, EP 2", 2, "parallel.ep_size=2") if before[0] == 2 else runs.run("reference", 1)
     runs.run(start, *before, steps=STOP)
     ours = runs.continued(start, name, *after)
     assert_same_curve(losses(ours), losses(unbroken), slice(0, STOP + 1))
@@ -103,7 +104,7 @@ def test_resume_on_other_ranks(runs, name, start, before, after):
 @pytest.mark.parametrize(
     ("unbroken", "start", "settings"),
     [
-        ("unbroken", "stopped on 2", ["parallel.ep_size=2"]),
+        ("two ranks, EP 2", "stopped on 2", ["parallel.ep_size=2"]),
         # Stopped between two plans: the placement is part of what is continued.
         ("two ranks, everything", "stopped with everything", ["parallel.ep_size=2", *ALL]),
     ],
