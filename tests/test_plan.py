@@ -4,8 +4,6 @@ import contextlib
 import io
 import json
 import os
-import subprocess
-import sys
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -14,7 +12,7 @@ import torch
 import yaml
 
 from tests.distributed import run_ranks
-from tests.launch import FP32, REPOSITORY, environment, wait_for
+from tests.launch import FP32, succeed, wait_for
 from tools import calibrate, plan, scaling
 from tools.options import Cluster, all_options
 from tools.peak_memory import PeakMemory
@@ -231,9 +229,7 @@ def test_usage_of_a_run(tmp_path, capsys):
     ]
     settings = [f"--set={setting}" for setting in [*small, "train.batch_size=8", "data.train_documents=60",
                 "data.val_documents=5", "sample.tokens=0", f"data.cache_dir={tmp_path}/cache"]]  # fmt: skip
-    command = [sys.executable, "trainer/run.py", "--output_dir", str(run), "--max_steps", "1", *settings]
-    ended = subprocess.run(command, cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=240)
-    assert ended.returncode == 0, ended.stderr
+    succeed("--output_dir", str(run), "--max_steps", "1", *settings)
     shape = [part for setting in [*small, "train.batch_size=8"] for part in ("--set", setting)]
     even, used = (planned(tmp_path, "quickstart", *shape, "--usage", usage) for usage in ("zipf:0", str(run)))
     worst = [max(option["deployment"]["imbalance"] for option in found["options"]) for found in (even, used)]

@@ -55,7 +55,7 @@ def test_a_table_says_where_its_runs_differ_in_precision():
         assert ("These runs differ in precision (bf16, fp32)" in text) == (other == "bf16")
 
 
-def test_a_study_runs_resumes_and_writes_its_tables(tmp_path):
+def test_a_study_runs_resumes_and_writes_its_tables(tmp_path, monkeypatch):
     study = {
         "experiment": "study",
         "variants": {"SoME": {}, "attention only": {"control": "attention_only"}},
@@ -74,7 +74,8 @@ def test_a_study_runs_resumes_and_writes_its_tables(tmp_path):
     ]
     for setting in TINY:
         command += ["--set", setting]
-    _run(command)
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
     results = json.loads((tmp_path / "results.json").read_text())
     losses = {}
     for name, folder in (("SoME", "SoME"), ("attention only", "attention_only")):
@@ -84,14 +85,12 @@ def test_a_study_runs_resumes_and_writes_its_tables(tmp_path):
         assert losses[name] == evals[-1]["val_loss"] and evals[-1]["step"] == 2
         assert results["variants"][name]["seeds"]["0"]["trained_tokens"] is None, "no step was recorded"
     before = {path: path.read_bytes() for path in tmp_path.glob("*/seed_0/metrics.jsonl")}
-    _run(command)
+    monkeypatch.setattr(sys, "argv", command[1:])
+    with pytest.raises(SystemExit) as ended:
+        tool.main()
+    assert ended.value.code == 0
     assert before == {path: path.read_bytes() for path in tmp_path.glob("*/seed_0/metrics.jsonl")}
     assert f"{losses['SoME'] - losses['attention only']:+.4f} one seed" in (tmp_path / "results.md").read_text()
-
-
-def _run(command: list[str]) -> None:
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
 
 
 PATIENT = """
