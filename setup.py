@@ -34,7 +34,7 @@ setup(
     ],
     extras_require={
         "bench": ["transformers>=4.51"],
-        "dev": ["pytest>=8", "ruff>=0.9", "plotly>=6", "playwright>=1.50"],
+        "dev": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.9", "plotly>=6", "playwright>=1.50"],
         "plot": ["matplotlib>=3.8"],
         "report": ["plotly>=6"],
         "umap": ["umap-learn>=0.5.7"],

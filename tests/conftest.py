@@ -1,9 +1,13 @@
 """What all tests share."""
 
+import os
 import signal
 from pathlib import Path
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # there are more workers than CPUs: a thread each; read when torch is imported
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")
@@ -26,13 +30,33 @@ def pytest_addoption(parser) -> None:
 
 
 def pytest_configure(config) -> None:
-    """The mark of such tests; and Ctrl-C as a terminal has it, since what a script starts in the background ignores it."""
+    """Our marks; and Ctrl-C as a terminal has it, since what a script starts in the background ignores it."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("markers", "long: takes minutes; runs with --long only")
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config) -> int:
+    """Of `-n auto`, which `make test` gives."""
+    from tests.side_by_side import number_of_workers
+
+    return number_of_workers(config.args)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Ours, unless another one was asked for with `--dist`."""
+    from tests.side_by_side import UnitScheduling
+
+    return UnitScheduling(config, log) if config.option.dist == "load" else None
+
+
 def pytest_collection_modifyitems(config, items) -> None:
-    """Skip them where they were not asked for."""
+    """Skip what takes minutes where it was not asked for; side by side begin with the longest."""
+    if hasattr(config, "workerinput"):
+        from tests.side_by_side import place
+
+        items.sort(key=lambda item: place(item.nodeid.split("::")[0]))
     if not config.getoption("--long"):
         for item in items:
             if item.get_closest_marker("long"):
