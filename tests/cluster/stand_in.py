@@ -31,6 +31,18 @@ def save(step: int) -> None:
         (run / "checkpoints" / f"step_{step:08d}").mkdir(exist_ok=True)
 
 
+def end_together(code: int) -> None:
+    """Exit when all ranks do, as ranks that have met do: srun kills those that are left, and takes the code of the killed.
+
+    Not for long, since a rank may be gone with its node.
+    """
+    mark, deadline = f".ends-{os.environ.get('SLURM_RESTART_COUNT', '0')}", time.monotonic() + 4
+    (run / f"{mark}-{rank}").touch()
+    while len(list(run.glob(f"{mark}-*"))) < int(os.environ["SLURM_NTASKS"]) and time.monotonic() < deadline:
+        time.sleep(0.001)
+    os._exit(code)
+
+
 if "refuse" in settings:
     if rank == 0:
         Path(os.environ["SOME_VERDICT_FILE"]).write_text("2", encoding="ascii")
@@ -48,7 +60,7 @@ while step < steps:
         time.sleep(2)
         log(f"rank {rank} saves at {step} for {stopped[0]}")
         save(step)
-        sys.exit(75)
+        end_together(75)
     time.sleep(float(settings.get("seconds", 0.05)))
     step += 1
     if every and step % every == 0:
