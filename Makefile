@@ -39,7 +39,7 @@ train: setup
 	@echo "train: $(RANKS) rank(s); the run's first line comes in about 15 s"
 	$(ON_CPU)$(BIN)/deepspeed --quiet --num_gpus $(RANKS) trainer/run.py --ds_config ds_configs/zero2.json $(ARGS)
 
-# Side by side where that is worth it, see tests/README.md; ARGS="-m quick" takes a minute, ARGS="-n 0" one after the other.
+# Side by side, see tests/README.md. ARGS="-m quick": two minutes at most; ARGS="-n 0": one test after the other.
 test: setup
 	$(BIN)/python -m pytest -n auto $(ARGS)
 

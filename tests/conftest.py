@@ -9,6 +9,17 @@ import pytest
 if "PYTEST_XDIST_WORKER" in os.environ:  # there are more workers than CPUs: a thread each; read when torch is imported
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+QUICK = (
+    "tests/modeling/", "tests/trainer/data/",
+    *(f"tests/trainer/test_{name}.py" for name in (
+        "board", "checkpoint", "cost", "distributed", "ds_config", "evaluate", "experiment_config", "faults", "generate",
+        "lock", "memory", "metrics", "placement", "plan", "published", "resume", "saver", "schedule", "served", "storage",
+        "text",
+    )),
+    *(f"tests/test_{name}.py" for name in ("balance", "no_pickle", "plan", "readme", "slurm", "watch")),
+)  # fmt: skip
+"""Beginnings of the paths whose tests are all marked `quick`; elsewhere single tests are, by hand."""
+
 
 @pytest.fixture(scope="session")
 def cache_dir(tmp_path_factory) -> Path:
@@ -33,6 +44,7 @@ def pytest_configure(config) -> None:
     """Our marks; and Ctrl-C as a terminal has it, since what a script starts in the background ignores it."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("markers", "long: takes minutes; runs with --long only")
+    config.addinivalue_line("markers", "quick: of the inner loop; `-m quick` runs these alone, in two minutes at most")
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -51,8 +63,9 @@ def pytest_xdist_make_scheduler(config, log):
     return UnitScheduling(config, log) if config.option.dist == "load" else None
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
 def pytest_collection_modifyitems(config, items) -> None:
-    """Skip what takes minutes where it was not asked for; side by side begin with the longest."""
+    """Skip what takes minutes where it was not asked for, mark what is quick; side by side begin with the longest."""
     if hasattr(config, "workerinput"):
         from tests.side_by_side import place
 
@@ -61,3 +74,6 @@ def pytest_collection_modifyitems(config, items) -> None:
         for item in items:
             if item.get_closest_marker("long"):
                 item.add_marker(pytest.mark.skip(reason="takes minutes; run with --long"))
+    for item in items:
+        if item.nodeid.startswith(QUICK):
+            item.add_marker("quick")

@@ -118,6 +118,7 @@ def finished(tmp_path_factory, cache_dir) -> tuple[Path, list[str], str]:
     return output_dir, arguments, succeed(*arguments)
 
 
+@pytest.mark.quick
 def test_a_run_leaves_what_the_readme_says(finished):
     output_dir, _, printed = finished
     assert "Once upon a time" in printed and f"finished at step 4: {output_dir}" in printed
