@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.distributed import free_port, start_process
+from tests.distributed import SECONDS, free_port, start_process
 from trainer import precision
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -29,7 +29,9 @@ def environment(**extra: str) -> dict[str, str]:
     return clean | {"OMP_NUM_THREADS": "1"} | extra
 
 
-def launch(*arguments: str, ranks: int = 1, timeout: float = 240, best: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
+def launch(
+    *arguments: str, ranks: int = 1, timeout: float = 2 * SECONDS, best: tuple[str, ...] = ()
+) -> subprocess.CompletedProcess:
     """`trainer/run.py` on `ranks` ranks, the variables set as a launcher would; rank 0's output.
 
     All ranks are ended when one fails, as launchers do. `best` has the precision that suits each rank's machine, whatever
@@ -49,7 +51,7 @@ def launch(*arguments: str, ranks: int = 1, timeout: float = 240, best: tuple[st
             processes[0].join(timeout)
             if processes[0].exitcode == 0:
                 for process in processes[1:]:
-                    process.join(60)
+                    process.join(SECONDS)
         finally:
             for process in processes:
                 process.kill()
@@ -114,8 +116,8 @@ def interrupted(*moments: tuple[signal.Signals, Path]) -> Iterator[None]:
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
-    """Until it holds, for a minute at most."""
-    deadline = time.monotonic() + 60
+    """Until it holds, for minutes at most."""
+    deadline = time.monotonic() + SECONDS
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.01)

@@ -226,7 +226,7 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     """Into a pipe it prints one snapshot and ends."""
     make_run(tmp_path / "run", GOING)
     command = [sys.executable, str(REPOSITORY / "tools" / "watch.py"), str(tmp_path)]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False, timeout=120)
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False, timeout=240)
     assert done.returncode == 0 and "run  running" in done.stdout and "4/10" in done.stdout, done.stderr
     for words in ([str(tmp_path / "nothing")], [str(tmp_path), "--every", "0"], [str(tmp_path), "--serve", "99999"]):
         monkeypatch.setattr(sys, "argv", ["watch.py", *words])
@@ -268,7 +268,7 @@ def served(tmp_path):
 
 
 def ask(server: Server, method: str = "GET", path: str = "/", host: str | None = None) -> tuple[int, dict, str]:
-    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=20)
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=120)
     connection.request(method, path, headers={"Host": host or f"127.0.0.1:{server.server_port}"})
     response = connection.getresponse()
     answer = response.status, dict(response.getheaders()), response.read().decode()
@@ -335,7 +335,7 @@ def test_a_closed_tab_says_nothing(tmp_path, capfd):
     asked = threading.Event()
 
     def make(folders: list[Path]) -> str:
-        assert asked.wait(20)
+        assert asked.wait(120)
         return "x" * 50_000_000  # more than waits in any socket
 
     with Server(Page(Watched(tmp_path), make), 0) as server:

@@ -108,11 +108,11 @@ class StandInJob:
 
     def wait_for(self, line: str, times: int = 1) -> None:
         """Wait until the ranks have so often written a line that begins with `line`."""
-        wait_until(lambda: sum(written.startswith(line) for written in self.log) >= times, 90, f"{times} x {line!r}")
+        wait_until(lambda: sum(written.startswith(line) for written in self.log) >= times, 240, f"{times} x {line!r}")
 
     def wait_for_begin(self, times: int = 1) -> None:
         """Wait until both ranks have begun so often."""
-        wait_until(lambda: begins_of_both(self.log) >= times, 90, f"{times} x the begin of both ranks")
+        wait_until(lambda: begins_of_both(self.log) >= times, 240, f"{times} x the begin of both ranks")
 
 
 def begins_of_both(lines: list[str]) -> int:

@@ -43,7 +43,7 @@ def test_every_task_sees_all_gpus_of_the_job_on_its_node(cluster, tmp_path):
     variables = job_environment(SOME_HOME=str(REPOSITORY), SOME_PYTHON=str(python))
     jobs = [cluster.submit(*options, B3, cwd=tmp_path, environment=variables) for options, *_ in cases]
     for job, (options, ranks, gpus, threads) in zip(jobs, cases, strict=True):
-        ending, per_node = cluster.wait(job, 90), ranks // 2
+        ending, per_node = cluster.wait(job, 240), ranks // 2
         output = (tmp_path / f"slurm-some-b3-{job}.out").read_text(encoding="utf-8")
         assert ending == Ending("COMPLETED", "0:0", restarts=0), output
         assert sorted(line for line in output.splitlines() if line.startswith("task")) == [
@@ -66,7 +66,7 @@ def test_every_launcher_runs_its_experiments(cluster, tmp_path):
         jobs[name] = cluster.submit(*arguments, cwd=tmp_path / name, environment=settings)
     for name, runs in expected.items():
         tasks = [f"{jobs[name]}_{task}" for task in range(len(runs))] if len(runs) > 1 else [jobs[name]]
-        assert [cluster.wait(task, 120).state for task in tasks] == ["COMPLETED"] * len(tasks)
+        assert [cluster.wait(task, 240).state for task in tasks] == ["COMPLETED"] * len(tasks)
         found = sorted(path.parent for path in (tmp_path / name / "runs").glob("**/checkpoints"))
         assert found == [tmp_path / name / "runs" / run for run in runs]
         for run in found:

@@ -66,7 +66,7 @@ class TrainingJob:
         """Stop the rank that writes while it writes a checkpoint."""
         pid = self.first_rank
         while True:
-            wait_until(self._saves, 120, "a save", every=0.001)
+            wait_until(self._saves, 240, "a save", every=0.001)
             os.kill(pid, signal.SIGSTOP)
             if self._saves():
                 return
@@ -139,7 +139,7 @@ def test_a_job_started_again_and_then_cut_off_amid_a_save_trains_the_same(cluste
 
 def test_a_refused_setting_fails_the_job_and_says_why_once(cluster, tmp_path):
     job = TrainingJob(cluster, tmp_path, "model.some.top_k=0")
-    assert cluster.wait(job.id, 120) == Ending("FAILED", "2:0", restarts=0)
+    assert cluster.wait(job.id, 240) == Ending("FAILED", "2:0", restarts=0)
     [error] = [line for line in job.output.splitlines() if line.startswith("error: ")]
     assert "top_k = 0" in error
     assert "Traceback" not in job.output
@@ -168,7 +168,7 @@ def test_a_job_told_to_stop_then_cut_off_then_preempted_trains_the_same(cluster,
 
     def preempt() -> None:
         urgent = cluster.submit("--partition=urgent", "--nodes=2", "--exclusive", "--wrap=true", cwd=tmp_path)
-        assert cluster.wait(urgent, 120).state == "COMPLETED"
+        assert cluster.wait(urgent, 240).state == "COMPLETED"
 
     wait_until(lambda: steps_of(job.run, "start"), 200, "the first evaluation")
     lost.append(job.outlast("scancel --signal=USR2 in an evaluation", notify))
@@ -212,7 +212,7 @@ def test_the_watchdog_names_a_rank_whose_cable_is_pulled_and_the_job_starts_agai
     def pull() -> None:
         cluster.unplug("node1")
         named = re.compile(r"no rank has moved for 9 s .*suspect: rank 1 \(host node1, pid \d+\) no longer reports")
-        wait_until(lambda: named.search(job.output), 60, "the watchdog's word")
+        wait_until(lambda: named.search(job.output), 240, "the watchdog's word")
         cluster.plug("node1")
 
     job.wait_for_step(EVERY + 5)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.page.reading import WIDE
+from tests.page.reading import PATIENCE, WIDE
 from tests.reports import STATUSES
 from tools.report import Settings, write_report
 
@@ -40,6 +40,7 @@ def open_page(browser, report):
 
     def open_it(viewport=WIDE, scheme="light"):
         context = browser.new_context(viewport=viewport, color_scheme=scheme, offline=True, accept_downloads=True)
+        context.set_default_timeout(PATIENCE)
         contexts.append(context)
         page = context.new_page()
         page.on("console", lambda message: complaints.append(message.text))
@@ -71,6 +72,7 @@ def open_long_page(browser, report_runs, tmp_path):
         (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in [start, *train]))
     write_report([tmp_path / "long"], tmp_path / "long.html", Settings())
     page = browser.new_page(viewport=WIDE)
+    page.set_default_timeout(PATIENCE)
     page.goto((tmp_path / "long.html").as_uri())
     page.wait_for_selector("html[data-charts]")
     yield page, losses

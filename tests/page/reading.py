@@ -1,6 +1,8 @@
 """What is read back from an open page."""
 
 WIDE, NARROW = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
+PATIENCE = 240_000
+"""Milliseconds that a page has for what it does, beside other tests."""
 
 
 def column(page, table: str, place: int) -> list[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.launch import REPOSITORY
-from tests.page.reading import NARROW, WIDE, column, drawn
+from tests.page.reading import NARROW, PATIENCE, WIDE, column, drawn
 from tools.serve import Page, Server
 from tools.snapshots import Watched
 
@@ -33,6 +33,7 @@ def test_what_a_reader_did_outlasts_the_reload_of_a_served_page(browser, report,
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         page = browser.new_page(viewport=WIDE)
+        page.set_default_timeout(PATIENCE)
         try:
             page.goto(server.url)
             page.wait_for_selector("html[data-charts]")
@@ -88,7 +89,7 @@ def test_nothing_keeps_anybody_from_reading_it(open_page, cache_dir, scheme):
 
 def test_its_speed_can_be_told(browser):
     command = [sys.executable, "-m", "tests.report_speed", "--runs", "2", "--steps", "60"]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=480)
     assert done.returncode == 0, done.stderr
     made, loaded, drawn = done.stdout.splitlines()
     assert made.startswith("2 runs of 60 steps: made in ")

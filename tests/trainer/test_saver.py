@@ -7,7 +7,7 @@ import pytest
 import torch.distributed as dist
 import yaml
 
-from tests.distributed import run_ranks
+from tests.distributed import SECONDS, run_ranks
 from tests.training import make_trainer, train
 from trainer import saver
 from trainer.checkpoint import FILES, verify
@@ -25,7 +25,6 @@ TINY = {
     "log": {"tensorboard": False},
     "sample": {"tokens": 0},
 }  # fmt: skip
-SECONDS = 60
 
 
 def _train(rank: int, folder: str) -> dict:

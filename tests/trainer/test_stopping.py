@@ -13,7 +13,7 @@ import pytest
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from tests.distributed import free_port, run_ranks, start_process
+from tests.distributed import SECONDS, free_port, run_ranks, start_process
 from tests.launch import FP32, losses, records, wait_for
 from tests.training import make_trainer
 from trainer import run, stopping
@@ -146,10 +146,10 @@ def _wait_in_a_collective(port: int, ready, defers: bool) -> None:
 def test_signals_end_a_process_whose_main_thread_waits(defers):
     ready = multiprocessing.get_context("forkserver").Event()
     process = start_process(_wait_in_a_collective, free_port(), ready, defers)
-    assert ready.wait(60)
+    assert ready.wait(SECONDS)
     began = time.monotonic()
     while process.is_alive():
-        assert time.monotonic() < began + 60
+        assert time.monotonic() < began + SECONDS
         os.kill(process.pid, signal.SIGUSR2)
         process.join(0.1)
     assert process.exitcode == 128 + signal.SIGUSR2
@@ -221,7 +221,7 @@ def test_the_command_line_stops_and_goes_on_and_a_second_signal_harms_no_checkpo
     assert found.name == "step_00000004" and read_state(found).step == 4
 
     process = start_process(_command_with_a_signal, arguments)
-    process.join(100)
+    process.join(SECONDS)
     assert process.exitcode == REQUEUE
     assert checkpoint_at(folder).folder.name == "step_00000006"
     assert [record["step"] for record in records(folder, "start")] == [0, 4]

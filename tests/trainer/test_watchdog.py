@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from tests.distributed import free_port, start_process
+from tests.distributed import SECONDS, free_port, start_process
 from tests.trainer.test_stopping import TINY, wait_for
 from tests.training import make_trainer
 from trainer import loop, watchdog
@@ -78,7 +78,7 @@ def end_of(processes: list[BaseProcess], folder: Path) -> tuple[list[int], str]:
     """Exit codes and what was written to stderr, both of these processes together."""
     try:
         for process in processes:
-            process.join(100)
+            process.join(SECONDS)
         return [p.exitcode for p in processes], "".join(path.read_text() for path in sorted(folder.glob("*.err")))
     finally:
         for process in processes:
