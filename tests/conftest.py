@@ -16,7 +16,7 @@ QUICK = (
         "lock", "memory", "metrics", "placement", "plan", "published", "resume", "saver", "schedule", "served", "storage",
         "text",
     )),
-    *(f"tests/test_{name}.py" for name in ("balance", "no_pickle", "plan", "readme", "slurm", "watch")),
+    *(f"tests/test_{name}.py" for name in ("no_pickle", "plan", "readme", "watch")),
 )  # fmt: skip
 """Beginnings of the paths whose tests are all marked `quick`; elsewhere single tests are, by hand."""
 
@@ -41,8 +41,9 @@ def pytest_addoption(parser) -> None:
 
 
 def pytest_configure(config) -> None:
-    """Our marks; and Ctrl-C as a terminal has it, since what a script starts in the background ignores it."""
+    """Our marks; and Ctrl-C and hang-up as a terminal has them, since what a script or nohup starts may ignore them."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     config.addinivalue_line("markers", "long: takes minutes; runs with --long only")
     config.addinivalue_line("markers", "quick: of the inner loop; `-m quick` runs these alone, in two minutes at most")
 
@@ -52,7 +53,7 @@ def pytest_xdist_auto_num_workers(config) -> int:
     """Of `-n auto`, which `make test` gives."""
     from tests.side_by_side import number_of_workers
 
-    return number_of_workers(config.args)
+    return number_of_workers(config.args, config.option.markexpr)
 
 
 @pytest.hookimpl(optionalhook=True)

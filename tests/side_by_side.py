@@ -42,17 +42,19 @@ def unit(path: str) -> str:
     return next((name for beginning, name in TOGETHER.items() if path.startswith(beginning)), path)
 
 
-def number_of_workers(arguments: list[str]) -> int:
+def number_of_workers(arguments: list[str], marks: str) -> int:
     """Twice as many as CPUs, since tests wait as much as they compute; 0 = this process alone, for a few files.
 
     Args:
         arguments: files, folders and tests that pytest was asked for.
+        marks: those of `-m`; quick tests hardly wait.
     """
     files = set()
     for argument in arguments:
         path = Path(argument.split("::")[0]).resolve()
         files |= set(path.rglob("test_*.py")) if path.is_dir() else {path}
-    workers = min(2 * len(os.sched_getaffinity(0)), MOST_WORKERS, len(files) // FILES_A_WORKER)
+    cpus = len(os.sched_getaffinity(0))
+    workers = min(cpus if marks == "quick" else 2 * cpus, MOST_WORKERS, len(files) // FILES_A_WORKER)
     return workers if workers > 1 else 0
 
 

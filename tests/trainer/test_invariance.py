@@ -60,7 +60,7 @@ def assert_same_curve(ours: list[float], theirs: list[float], exact: slice) -> N
     ("name", "ranks", "settings"),
     [
         ("one rank, accumulating", 1, ["train.max_micro_batch=4"]),
-        pytest.param("two ranks, EP 2", 2, ["parallel.ep_size=2"], marks=pytest.mark.quick),
+        ("two ranks, EP 2", 2, ["parallel.ep_size=2"]),
         ("two ranks, EP 1", 2, ["parallel.ep_size=1"]),
         ("four ranks, EP 2", 4, ["parallel.ep_size=2"]),
         # Accumulating too. What chunks, balance and replicas do alone is tested on the exchange and the placement.
