@@ -17,18 +17,19 @@ TOGETHER = {
 """Beginnings of paths, and the unit that their tests make up."""
 FIRST = [
     "SLURM",
-    "tests/trainer/test_invariance.py",
     "tests/trainer/test_run.py",
-    "tests/trainer/test_watchdog.py",
-    "tests/test_study.py",
     "reports",
-    "tests/test_reproduce.py",
     "tests/test_bench.py",
-    "tests/trainer/test_engine.py",
-    "tests/test_chaos.py",
-    "tests/trainer/test_numerical_faults.py",
+    "tests/test_reproduce.py",
+    "tests/trainer/test_watchdog.py",
+    "tests/trainer/test_invariance.py",
     "tests/test_inputs_data.py",
+    "tests/test_chaos.py",
+    "tests/trainer/test_engine.py",
+    "tests/test_study.py",
     "tests/test_inputs_settings.py",
+    "tests/trainer/test_numerical_faults.py",
+    "tests/trainer/test_controls.py",
 ]
 """Units that take longest, in the order in which they begin: for one that began last all other workers would wait."""
 MOST_WORKERS = 8

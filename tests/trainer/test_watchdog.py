@@ -19,14 +19,15 @@ from trainer import loop, watchdog
 from trainer.exit_codes import FAILED
 from trainer.watchdog import Progress, Watchdog
 
-LIMIT_S = 4.0
+LIMIT_S = 6.0
+"""Longer than anything that a rank does between two signs of life, beside other tests on a slow machine."""
 
 
 def _rank(rank: int, ranks: int, port: int, folder: Path, case: str) -> None:
     """One rank of a job of `ranks`; what it writes to stderr goes to a file."""
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": str(rank)}
     os.dup2(os.open(folder / f"{rank}.err", os.O_CREAT | os.O_WRONLY), 2)
-    watchdog.SECONDS_FOR_AN_ANSWER = 2.0
+    watchdog.SECONDS_FOR_AN_ANSWER = 3.0
     dist.init_process_group("gloo", rank=rank, world_size=ranks, timeout=timedelta(minutes=2))
     if case == "blocked loader":
         _train(rank == ranks - 1, folder)
@@ -96,9 +97,7 @@ def test_a_stopped_rank_ends_the_job_with_its_name(tmp_path, stopped):
         processes[stopped].kill()
     assert codes == [FAILED]
     why = ["rank 0 .*, where the ranks met, does not answer", "rank 1 .* no longer reports"][stopped]
-    assert re.search(rf"no rank has moved for 4 s \(parallel.timeout_minutes = 0.06.*suspect: {why}; start again", said), (
-        said
-    )
+    assert re.search(rf"no rank has moved for 6 s \(parallel.timeout_minutes = 0.1.*suspect: {why}; start again", said), said
     for rank in (0, 1):
         assert re.search(
             rf"^  rank {rank} \(.*pid {processes[rank].pid}\): step \d+, forward and backward, \d+ s", said, re.M
