@@ -1,6 +1,7 @@
 """The command line: refusals before the ranks meet, what a run leaves behind, and every launcher."""
 
 import errno
+import gc
 import hashlib
 import json
 import os
@@ -36,7 +37,14 @@ def call(monkeypatch, *arguments: str) -> None:
     """The command line in this process, where no world may form."""
     monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
     monkeypatch.setattr(training, "init_process_group", lambda *a, **k: pytest.fail("a process group formed"))
-    run.main()
+    try:
+        run.main()
+        return
+    except SystemExit as ended:
+        code = ended.code
+    # What a process that ends lets go of, such as a lock, must not live on with the exception, nor in its circles.
+    gc.collect()
+    raise SystemExit(code)
 
 
 def files(folder: Path, **texts: str) -> Path:
