@@ -16,7 +16,7 @@ QUICK = (
         "lock", "memory", "metrics", "placement", "plan", "published", "resume", "saver", "schedule", "served", "storage",
         "text",
     )),
-    *(f"tests/test_{name}.py" for name in ("no_pickle", "plan", "readme", "watch")),
+    *(f"tests/test_{name}.py" for name in ("no_pickle", "readme", "watch")),
 )  # fmt: skip
 """Beginnings of the paths whose tests are all marked `quick`; elsewhere single tests are, by hand."""
 
