@@ -6,6 +6,7 @@ saves (it casts parameters only since 0.19.2).
 
 import contextlib
 import io
+import logging
 import math
 import os
 import sys
@@ -183,7 +184,8 @@ def _deepspeed(show_log: bool) -> Iterator[Any]:
 
         set_log_level_from_string("info" if show_log else "error")
         for handler in logger.handlers:
-            handler.setStream(sys.stderr)  # it took stdout as it was at the import, which may have been out of sight
+            if type(handler) is logging.StreamHandler:  # DeepSpeed's own, and nobody else's
+                handler.stream = sys.stderr  # it took stdout as it was at the import, which may have been out of sight
         # On CPUs it would compile a shared-memory collective for a minute or more, needing a compiler, and again whenever a
         # flag differs; only its inference engine uses it.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

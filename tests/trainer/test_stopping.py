@@ -22,6 +22,7 @@ from trainer.exit_codes import REQUEUE
 from trainer.job import Job, is_done
 from trainer.launch import Launch
 from trainer.loop import Trainer
+from trainer.precision import Precision
 from trainer.resume import Found, checkpoint_at
 from trainer.stopping import StopSignals
 
@@ -102,7 +103,8 @@ def test_a_run_stopped_anywhere_goes_on_as_if_it_had_not_been(tmp_path):
 def test_a_run_whose_last_evaluation_is_due_is_not_done(tmp_path):
     state = RunState(8, 0, 8, "fp32", {}, {}, "", "", evaluation_due=True)
     found = Found(tmp_path / "a" / "b", state, seconds=0.0, skipped={})
-    job = Job(None, Launch(1, 2, 1, 2), None, {}, tmp_path, state, found, starts_anew=False, lock=None)
+    precision = Precision("fp32", "as the run began")
+    job = Job(None, Launch(1, 2, 1, 2), None, {}, precision, tmp_path, state, found, starts_anew=False, lock=None)
     assert not is_done(job, None) and not is_done(job, 5)
     state.evaluation_due = False
     assert is_done(job, None)
