@@ -129,17 +129,19 @@ def split_text(text: str) -> list[str]:
         return [part.strip("\r\n") for part in text.split(END_OF_TEXT)]
     documents: list[str] = []
     lines: list[str] = []
-    size = 0
+    size, is_blank = 0, True
     for line in io.StringIO(text, newline="\n"):
         for piece in _pieces(line):
             lines.append(piece)
             size += len(piece)
-            if size >= DOCUMENT_CHARACTERS:
+            is_blank = is_blank and piece.isspace()
+            # White space alone would be dropped as an empty document: it begins the next one.
+            if size >= (MOST_CHARACTERS // 2 if is_blank else DOCUMENT_CHARACTERS):
                 documents.append("".join(lines))
-                lines, size = [], 0
+                lines, size, is_blank = [], 0, True
     rest = "".join(lines)
     if documents and not rest.strip():
-        documents[-1] += rest  # white space alone would be dropped as an empty document
+        documents[-1] += rest  # for the same reason
     elif rest:
         documents.append(rest)
     return documents

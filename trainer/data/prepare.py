@@ -19,9 +19,11 @@ from tokenizers import Tokenizer
 
 from trainer.console import say
 from trainer.data.config import DataConfig
+from trainer.data.progress import progress
 from trainer.data.sequences import ARRAYS, RowLayout, Sequences, write_rows, write_sequences
 from trainer.data.sources import load_documents, tokenizer_texts
 from trainer.data.tokenizer import check_vocab_size, load_tokenizer, pad_id, tokenizer_hash, train_tokenizer
+from trainer.data.words import MAX_WORD_BYTES, count_long_words
 from trainer.storage import StorageError, describe_free, is_failing, remove
 
 FORMAT = 3  # part of every key: raise it when what is cached changes its meaning
@@ -67,15 +69,15 @@ def prepare_data(
         raise ValueError(f"model.max_seq_len={max_seq_len} leaves no targets: use {least} or more")
     documents = load_documents(config, seed)
     notes = list(documents.notes)
-    train_hash, _ = _hash_texts(documents.train)
+    has_own_texts = config.tokenizer_documents is not None or config.tokenizer_from is not None
 
     def texts_of_tokenizer() -> Iterable[str]:
         return tokenizer_texts(config, seed) if has_own_texts else documents.train
 
-    has_own_texts = config.tokenizer_documents is not None or config.tokenizer_from is not None
-    tokenizer_texts_hash, number_of_texts = train_hash, len(documents.train)
+    train_hash, number_of_texts, long_words = _hash_texts(documents.train, None if has_own_texts else config.tokenizer)
+    tokenizer_texts_hash = train_hash
     if has_own_texts:
-        tokenizer_texts_hash, number_of_texts = _hash_texts(texts_of_tokenizer())
+        tokenizer_texts_hash, number_of_texts, long_words = _hash_texts(texts_of_tokenizer(), config.tokenizer)
         source = f"data.tokenizer_from={config.tokenizer_from!r}" if config.tokenizer_from else "the source"
         if not number_of_texts:
             raise ValueError(
@@ -86,6 +88,11 @@ def prepare_data(
             if not config.allow_fewer:
                 raise ValueError(f"{shortage}: lower it, or take what there is with --set data.allow_fewer=true")
             notes.append(shortage)
+    if long_words:
+        unit = "bytes" if config.tokenizer == "bytes" else "characters"
+        notes.append(
+            f"{long_words:,} words of over {MAX_WORD_BYTES:,} {unit} are cut to train the tokenizer, and only there"
+        )
     for line in notes:
         say(f"data: {line}")
     for reason, number in documents.dropped.items():
@@ -93,11 +100,13 @@ def prepare_data(
             say(f"data: dropped {number} documents ({reason})")
     root = config.cache_root()
     try:
-        tokenizer_path = root / f"tokenizer-{_key(tokenizer_texts_hash, vocab_size, config.tokenizer)[:32]}.json"
+        tokenizer_key = _key(tokenizer_texts_hash, vocab_size, config.tokenizer, *([MAX_WORD_BYTES] if long_words else []))
+        tokenizer_path = root / f"tokenizer-{tokenizer_key[:32]}.json"
         tokenizer = _cached_tokenizer(tokenizer_path, vocab_size)
         is_new = tokenizer is None
         if is_new:
-            tokenizer = train_tokenizer(texts_of_tokenizer(), vocab_size, config.tokenizer)
+            with progress(f"training the tokenizer on {number_of_texts:,} documents"):
+                tokenizer = train_tokenizer(texts_of_tokenizer(), vocab_size, config.tokenizer)
         notes += _unfilled(tokenizer, vocab_size, config.allow_fewer)
         layout = RowLayout(max_seq_len, config.rows, config.append_eos, config.count_padding, pad_id(tokenizer))
         key = _key(train_hash, _hash_texts(documents.validation)[0], tokenizer_hash(tokenizer), asdict(layout))
@@ -190,7 +199,8 @@ def _build(
         for split in SPLITS:
             # Chunks and padded rows differ in what a row may be, not in how it is stored.
             write, shape = (write_sequences, layout.max_seq_len) if layout.rows == "chunks" else (write_rows, layout)
-            splits[split] = write(temporary / split, texts[split], tokenizer, summary["vocab_size"], shape)
+            with progress(f"tokenising {len(texts[split]):,} {split} documents"):
+                splits[split] = write(temporary / split, texts[split], tokenizer, summary["vocab_size"], shape)
         meta = {
             "fingerprint": key,
             "tokenizer_hash": tokenizer_hash(tokenizer),
@@ -248,15 +258,17 @@ def _key(*parts: object) -> str:
     return hashlib.sha256(json.dumps([FORMAT, *parts]).encode("utf-8")).hexdigest()
 
 
-def _hash_texts(texts: Iterable[str]) -> tuple[str, int]:
-    """Their hash and their number, which a stream only tells once it has been read."""
-    digest, number = hashlib.sha256(), 0
+def _hash_texts(texts: Iterable[str], kind: str | None = None) -> tuple[str, int, int]:
+    """Their hash, their number, which a stream only tells once it has been read, and how many of their words are too long
+    to train a tokenizer of this `kind` on; None counts none."""
+    digest, number, long_words = hashlib.sha256(), 0, 0
     for text in texts:
         number += 1
+        long_words += 0 if kind is None else count_long_words(text, kind)
         data = text.encode("utf-8")
         digest.update(len(data).to_bytes(8, "little"))  # the length keeps ["ab", "c"] apart from ["a", "bc"]
         digest.update(data)
-    return digest.hexdigest(), number
+    return digest.hexdigest(), number, long_words
 
 
 def _hash_file(path: Path) -> str:

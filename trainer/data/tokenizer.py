@@ -2,7 +2,8 @@
 text), and the published BPE inside words, which discards white space and knows no character it was not trained on.
 
 Training gives the same tokenizer in every process: merges are taken by (count, pair of ids), the byte alphabet is
-fixed, and neither the number of threads nor a hash seed enters (tests/trainer/data compares separate processes).
+fixed, and neither the number of threads nor a hash seed enters (tests/trainer/data compares separate processes). Words
+longer than `words.MAX_WORD_BYTES` are cut for training.
 """
 
 import hashlib
@@ -10,6 +11,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from trainer.data.words import cutting_pre_tokenizer, pre_tokenizer
 
 PAD_ID = 0  # of the byte-level tokenizer, like EOS_ID: see `pad_id` and `eos_id`
 EOS_ID = 1
@@ -37,7 +40,6 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, kind: str = "bytes") 
         return _train_words(texts, vocab_size)
     check_vocab_size(vocab_size)
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -45,21 +47,26 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, kind: str = "bytes") 
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
-    return _finish(tokenizer)
+    return _train(tokenizer, texts, trainer, "bytes")
 
 
 def _train_words(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    tokenizer = Tokenizer(models.BPE(unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=WORDS_SPECIAL_TOKENS, show_progress=False)
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer = _train(Tokenizer(models.BPE(unk_token="[UNK]")), texts, trainer, "words")
     # The library keeps every character it has seen, whatever the limit.
     if tokenizer.get_vocab_size() > vocab_size:
         raise ValueError(
             f"model.vocab_size={vocab_size} is too small for data.tokenizer=words on this text: "
             f"use {tokenizer.get_vocab_size()} or more (its characters and {len(WORDS_SPECIAL_TOKENS)} special tokens)"
         )
+    return tokenizer
+
+
+def _train(tokenizer: Tokenizer, texts: Iterable[str], trainer: trainers.BpeTrainer, kind: str) -> Tokenizer:
+    tokenizer.pre_tokenizer = cutting_pre_tokenizer(kind)
+    tokenizer.train_from_iterator(texts, trainer)
+    # Encoding takes time in proportion to a word's length, so that words may stay whole there.
+    tokenizer.pre_tokenizer = pre_tokenizer(kind)
     return _finish(tokenizer)
 
 

@@ -3,11 +3,14 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
 import sys
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from trainer.data import DataConfig, open_data, prepare, prepare_data, tokenizer_hash
@@ -243,3 +246,32 @@ def test_cache_root(monkeypatch, tmp_path):
     monkeypatch.delenv("SOME_CACHE_DIR")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert DataConfig().cache_root() == tmp_path / ".cache" / "some"
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet", ".txt"])
+def test_words_that_are_too_long_are_cut_and_counted_in_every_format(tmp_path, capsys, suffix):
+    texts = [f"The cat with number {i} sat on a mat.\n" for i in range(60)] + [" " * 100_000 + "x\n"]
+    (tmp_path / "in").mkdir()
+    for name, part in (("train", texts), ("valid", ["The dog sat on the mat.\n"])):
+        file = tmp_path / "in" / f"{name}{suffix}"
+        if suffix == ".parquet":
+            pyarrow.parquet.write_table(pyarrow.table({"text": part}), file)
+        else:
+            file.write_text("".join(part if suffix == ".txt" else [json.dumps({"text": text}) + "\n" for text in part]))
+    config = DataConfig(name="text", path=str(tmp_path / "in"), allow_fewer=True, cache_dir=str(tmp_path / "cache"))
+    data = open_data(prepare_data(config, 300, 64, 0))
+    said = capsys.readouterr().out
+    assert re.search(r"data: [\d,]+ words of over 1,200 bytes are cut to train the tokenizer, and only there\n", said)
+    # Told again by a run that finds everything in the cache.
+    prepare_data(config, 300, 64, 0)
+    assert capsys.readouterr().out == said
+    assert max(map(len, data.tokenizer.get_vocab())) <= 1200
+    assert "".join(data.tokenizer.decode(row[1:].tolist()) for row in data.train).replace("[EOS]", "") == "".join(texts)
+
+
+def test_what_takes_long_says_what_it_is(config, monkeypatch, capsys):
+    monkeypatch.setattr("trainer.data.progress.FIRST_SECONDS", 0.0)
+    prepare_data(config, VOCAB, SEQ, 0)
+    said = capsys.readouterr().out
+    assert "data: training the tokenizer on 60 documents: 0 s so far" in said
+    assert "data: tokenising 60 train documents: 0 s so far" in said

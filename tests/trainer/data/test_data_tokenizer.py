@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from trainer.data import EOS_ID, PAD_ID, load_tokenizer, story, tokenizer_hash, train_tokenizer
+from trainer.data.words import MAX_WORD_BYTES, count_long_words
 
 STORIES = [story(i) for i in range(300)]
 
@@ -108,3 +109,66 @@ def test_bad_files_are_named(tmp_path):
     Tokenizer(models.BPE()).save(str(bad))
     with pytest.raises(ValueError, match=r"ids \[None, None\]"):
         load_tokenizer(bad)
+
+
+LONG = MAX_WORD_BYTES + 1
+WITHOUT_BREAKS = {
+    "spaces": " ",
+    "newlines": "\n",
+    "tabs and newlines": "\t\n",
+    "letters": "a",
+    "base64": "QUJjZGVmR2hpSktsTU5vUA",
+    "dna": "GATTACA",
+    "digits": "0123456789",
+    "rule": "=",
+    "zero width": "\u200b",
+    "emoji": "🙂🎉",
+    "cjk": "你好吗",
+    "wide space": "\u3000",
+    "combining": "\u0301",
+}
+
+
+@pytest.mark.parametrize("kind", ["bytes", "words"])
+@pytest.mark.parametrize("name", WITHOUT_BREAKS)
+def test_no_token_is_longer_than_the_bound_and_nothing_is_lost(name, kind):
+    """Without the bound, each of these takes minutes to train on."""
+    unit = WITHOUT_BREAKS[name]
+    text = unit * (200_000 // len(unit))
+    tokenizer = train_tokenizer([*STORIES[:20], f"a {text} b"], 600, kind)
+    assert max(len(token) for token in tokenizer.get_vocab()) <= MAX_WORD_BYTES
+    if kind == "bytes":
+        assert tokenizer.decode(tokenizer.encode(text).ids) == text
+
+
+@pytest.mark.parametrize("kind", ["bytes", "words"])
+def test_what_has_no_long_word_trains_the_tokenizer_as_before(kind):
+    """The same JSON, so the same hash and the same data fingerprints, as without the bound."""
+    tokenizer = train_tokenizer(["x" * MAX_WORD_BYTES + "\ny z", *STORIES[:50]], 400, kind)
+    assert "FixedLength" not in tokenizer.to_str()
+    untouched = {
+        "bytes": "8baba08ac1b058c1a8e71265fe53d362595e4525c67efb99b125b337af275119",
+        "words": "3b1468e560f8f07ecd48b1aebbe393a44927c7bc819f69ece835e684d69e9c9c",
+    }
+    assert tokenizer_hash(tokenizer) == untouched[kind]
+
+
+@pytest.mark.parametrize("kind", ["bytes", "words"])
+@pytest.mark.parametrize(
+    ("text", "in_bytes", "in_words"),
+    [
+        ("a" * MAX_WORD_BYTES, 0, 0),
+        ("a" * LONG, 1, 1),
+        (" " + "a" * MAX_WORD_BYTES, 1, 0),  # the space belongs to the word
+        ("é" * (MAX_WORD_BYTES // 2 + 1), 1, 0),  # bytes here, characters there
+        ("🙂" * (MAX_WORD_BYTES // 4 + 1), 1, 0),
+        ("story " * 500 + " " * LONG + "end" + "=" * LONG, 2, 1),  # words drop white space
+        ("\n" * 2 * LONG, 1, 0),
+        ("ab1" * LONG, 0, 1),
+        ("a b " * LONG, 0, 0),
+        ("你好，" * LONG, 0, 0),
+    ],
+)
+def test_long_words_are_counted(text, in_bytes, in_words, kind):
+    assert count_long_words(text, kind) == {"bytes": in_bytes, "words": in_words}[kind]
+    assert count_long_words(f"{STORIES[0]}\n{text}\n{STORIES[1]}", kind) >= {"bytes": in_bytes, "words": in_words}[kind]
