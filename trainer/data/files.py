@@ -1,4 +1,10 @@
-"""Readers of local files: each yields the documents of one file, in order, and names file and place in its errors."""
+"""Readers of local files: each yields the documents of one file, in order, and names file and place in its errors.
+
+In every format a byte order mark (U+FEFF) at the start of a file, line or document is dropped. Lines end with LF, CRLF or
+CR. In plain text (.txt, .tokens, .md) all three become LF, so that a corpus saved on another system is the same data; what
+JSON escapes and parquet hold is text, and stays as it is. U+2028, U+2029, U+0085, vertical tab and form feed end no line
+anywhere: they are characters of a document.
+"""
 
 import codecs
 import io
@@ -16,6 +22,7 @@ import pyarrow.parquet
 from trainer.text import kind_of, shown
 
 SUFFIXES = (".jsonl", ".parquet", ".txt", ".tokens", ".md")
+BOM = "\ufeff"
 END_OF_TEXT = "<|endoftext|>"
 DOCUMENT_CHARACTERS = 2000  # target size of a document cut from plain text that marks no documents
 MOST_CHARACTERS = 2**24  # in one document: five times War and Peace; tokenising one takes far more memory than its text
@@ -24,11 +31,10 @@ LONG_LINE_CHARACTERS = 4 * DOCUMENT_CHARACTERS  # a longer line is cut at spaces
 
 
 def list_files(path: Path) -> list[Path]:
-    """The data files at `path`: the file itself, or all files below a folder, sorted, hidden ones left out.
+    """The files at `path`: the file itself, or all files below a folder, sorted, hidden ones left out.
 
     Links are followed, as caches of downloads are made of them. Raises ValueError for a missing path, a folder without
-    files, a file that is empty, cannot be read, is none (a pipe, a device, a link to nothing) or has an unknown suffix, and
-    for links that lead in a circle.
+    files, and for links that lead in a circle.
     """
     try:
         mode = path.stat().st_mode
@@ -39,8 +45,6 @@ def list_files(path: Path) -> list[Path]:
     files = _files_below(path) if stat.S_ISDIR(mode) else [path]
     if not files:
         raise ValueError(f"data.path={str(path)!r} is a folder without files: put {', '.join(SUFFIXES)} files there")
-    for file in files:
-        _check_readable(file)
     return files
 
 
@@ -61,7 +65,9 @@ def _files_below(folder: Path) -> list[Path]:
     return sorted(files)
 
 
-def _check_readable(file: Path) -> None:
+def check_readable(file: Path) -> None:
+    """Raises ValueError for a file that is empty, cannot be read, is none (a pipe, a device, a link to nothing) or has an
+    unknown suffix."""
     if file.suffix.lower() not in SUFFIXES:
         raise ValueError(
             f"{file}: unknown suffix {file.suffix!r}: convert it to one of {', '.join(SUFFIXES)}, "
@@ -73,11 +79,12 @@ def _check_readable(file: Path) -> None:
         if not stat.S_ISREG(mode):
             raise ValueError(f"{file}: is a {kind_of(mode)}, not a file: write its content to a file")
         with file.open("rb") as handle:
-            empty = not handle.read(1)
+            head = handle.read(len(codecs.BOM_UTF8) + 1)
     except OSError as error:
         raise ValueError(f"{file}: cannot be read ({error.strerror}): change its permissions or data.path") from error
-    if empty:
-        raise ValueError(f"{file}: is empty (0 bytes): remove it or set data.path to a file with text")
+    if head in (b"", codecs.BOM_UTF8):
+        found = "nothing but a byte order mark" if head else "0 bytes"
+        raise ValueError(f"{file}: is empty ({found}): remove it or set data.path to a file with text")
 
 
 def read_documents(file: Path, text_field: str) -> Iterator[str]:
@@ -87,12 +94,19 @@ def read_documents(file: Path, text_field: str) -> Iterator[str]:
         return _read_jsonl(file, text_field)
     if suffix == ".parquet":
         return _read_parquet(file, text_field)
-    text = _decode(file.read_bytes(), str(file))
+    text = _plain(_decode(file.read_bytes(), str(file)))
     if "\0" in text:
         raise ValueError(
             f"{file}: character {text.index(chr(0))} is NUL, as in binary files and UTF-16: convert it to UTF-8"
         )
     return (checked_text(part, f"{file} document {number}") for number, part in enumerate(split_text(text), start=1))
+
+
+def _plain(text: str) -> str:
+    """Without marks at the start of a line, which files joined by `cat` have in their middle, and with LF for line ends."""
+    if "\r" in text:
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
+    return re.sub(rf"^{BOM}+", "", text, flags=re.MULTILINE) if BOM in text else text
 
 
 def check_file(file: Path, text_field: str) -> None:
@@ -112,6 +126,7 @@ def checked_text(value: object, where: str) -> str:
         return ""
     if not isinstance(value, str):
         raise ValueError(f"{where} is {type(value).__name__}, not text: set data.text_field to the field with the text")
+    value = value.lstrip(BOM) if value.startswith(BOM) else value
     if len(value) > MOST_CHARACTERS:
         raise ValueError(f"{where} has {len(value):,} characters, more than {MOST_CHARACTERS:,}: cut it into documents")
     if not value.isascii():
@@ -166,28 +181,38 @@ def _decode(data: bytes, where: str, final: bool = True) -> str:
 
 
 def _read_jsonl(file: Path, text_field: str) -> Iterator[str]:
+    for number, raw in enumerate(_lines(file), start=1):
+        where = f"{file} line {number}"
+        line = _decode(raw, where).lstrip(BOM).strip()
+        if not line:
+            continue
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits is a plain ValueError
+            reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+            raise ValueError(f"{where}: not JSON ({reason}): write one JSON object a line") from None
+        if not isinstance(record, dict):
+            raise ValueError(f"{where}: a JSON {type(record).__name__}, not an object: write one JSON object a line")
+        if text_field not in record:
+            raise ValueError(
+                f"{where}: no field {text_field!r} among {shown(sorted(record))}: set data.text_field to one of them"
+            )
+        yield checked_text(record[text_field], f"{where}: field {text_field!r}")
+
+
+def _lines(file: Path) -> Iterator[bytes]:
+    """The lines of a file. JSON has no bare CR inside a text, so that one always ends a line."""
+    number = 0
     with file.open("rb") as handle:
-        for number, raw in enumerate(iter(lambda: handle.readline(MOST_LINE_BYTES + 1), b""), start=1):
-            where = f"{file} line {number}"
+        for raw in iter(lambda: handle.readline(MOST_LINE_BYTES + 1), b""):
             if len(raw) > MOST_LINE_BYTES:
                 raise ValueError(
-                    f"{where}: has over {MOST_LINE_BYTES:,} bytes: write one JSON object a line, one a document"
+                    f"{file} line {number + 1}: has over {MOST_LINE_BYTES:,} bytes: "
+                    "write one JSON object a line, one a document"
                 )
-            line = _decode(raw, where).lstrip("\ufeff").strip()
-            if not line:
-                continue
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:  # a number of thousands of digits is a plain ValueError
-                reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
-                raise ValueError(f"{where}: not JSON ({reason}): write one JSON object a line") from None
-            if not isinstance(record, dict):
-                raise ValueError(f"{where}: a JSON {type(record).__name__}, not an object: write one JSON object a line")
-            if text_field not in record:
-                raise ValueError(
-                    f"{where}: no field {text_field!r} among {shown(sorted(record))}: set data.text_field to one of them"
-                )
-            yield checked_text(record[text_field], f"{where}: field {text_field!r}")
+            for line in raw.splitlines():  # of bytes: at LF, CRLF and CR only
+                number += 1
+                yield line
 
 
 def _read_parquet(file: Path, text_field: str) -> Iterator[str]:
