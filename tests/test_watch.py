@@ -23,6 +23,7 @@ from tools.serve import Page, Server
 from tools.snapshots import Snapshot, Watched
 from tools.watch import block, duration, render, sparkline
 from trainer.config import load_experiment
+from trainer.text import MOST_BYTES
 
 START = dict(event="start", step=0, total_steps=10, world_size=2, ep_size=2)
 LAYERS = [dict(layer=0, effective_experts=9.5, experts_used=14), dict(layer=1, effective_experts=4.25, experts_used=6)]
@@ -358,3 +359,15 @@ def test_pages_are_not_made_more_often_than_allowed(tmp_path):
     make_run(tmp_path / "a", [*GOING, dict(event="end", step=10, finished=True)])
     content, will_change = page.get()
     assert b"No runs yet" in content and will_change and not report.calls
+
+
+def test_a_run_that_names_thousands_of_unused_files_is_as_good_as_any(tmp_path):
+    """Earlier versions wrote a note on each into config.yaml, which made it larger than other settings may be."""
+    folder = make_run(tmp_path / "run", [START, EVALUATION, *steps(1, 10), dict(event="end", step=10, finished=True)])
+    notes = [f"/corpus/{'page ' * 15}{i:05}.txt: not used, neither train nor validation by its name" for i in range(9000)]
+    values = load_experiment("quickstart").to_dict() | {"run": {"data": {"notes": notes}}}
+    (folder / "config.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
+    assert (folder / "config.yaml").stat().st_size > MOST_BYTES
+    snapshot = only(folder)
+    assert (snapshot.status, snapshot.why) == ("done", "")
+    assert snapshot.experts is not None

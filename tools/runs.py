@@ -32,6 +32,8 @@ MARKS = ("config.yaml", "metrics.jsonl")
 """By either of these a run's folder is known."""
 FAILED = "failed.txt"
 """In a run's folder: why it failed when it was last started; absent where it did not."""
+MAX_CONFIG_BYTES = 2**24
+"""Of a run's config.yaml: earlier versions named every unused data file in it, which may be thousands."""
 _COUNTS = ("world_size", "ep_size", "micro_batch", "accumulation")
 _TEXTS = ("git_commit", "device", "python", "torch", "deepspeed", "precision", "validation_sha256", "tokenizer_sha256")
 
@@ -113,7 +115,7 @@ def read_run(folder: Path, seed: int = 0) -> Run:
             run.failure = (folder / FAILED).read_text(encoding="utf-8", errors="replace").strip()
         if not (folder / "config.yaml").exists():
             return run
-        values = read_yaml(folder / "config.yaml", "config.yaml")
+        values = read_yaml(folder / "config.yaml", "config.yaml", MAX_CONFIG_BYTES)
         how = _checked_how(values.pop("run", {}))
         experiment = experiment_from_dict(values)
         if (folder / "metrics.jsonl").exists():

@@ -55,18 +55,19 @@ def error_line(error: Exception) -> str:
     return f"{line[:half]} ... {line[-half:]}"
 
 
-def read_yaml(path: Path, what: str) -> dict[str, Any]:
+def read_yaml(path: Path, what: str, max_bytes: int = MOST_BYTES) -> dict[str, Any]:
     """The keys and values of a YAML file: plain data only, no key twice.
 
     Args:
         path: the file.
         what: how errors call it, such as `--experiment FILE`.
+        max_bytes: a larger one is refused.
 
     Raises:
         ValueError: a file that cannot be read, is not YAML, or holds something else.
     """
     try:
-        values = parse_yaml(_read(path, what))
+        values = parse_yaml(_read(path, what, max_bytes))
     except _Malformed as error:
         raise ValueError(f"{what}: is not valid YAML ({error}); mend the file") from None
     return _mapping(values, what)
@@ -135,18 +136,18 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-def _read(path: Path, what: str) -> str:
+def _read(path: Path, what: str, max_bytes: int = MOST_BYTES) -> str:
     try:
         # Opening a pipe would wait for its writer, and a device may never end.
         mode = path.stat().st_mode
         if not stat.S_ISREG(mode):
             raise ValueError(f"{what}: is a {kind_of(mode)}, not a file; give an existing file")
         with path.open("rb") as file:
-            data = file.read(MOST_BYTES + 1)
+            data = file.read(max_bytes + 1)
     except OSError as error:
         raise ValueError(f"{what}: cannot be read ({error.strerror}); give an existing file") from None
-    if len(data) > MOST_BYTES:
-        raise ValueError(f"{what}: has over {MOST_BYTES:,} bytes, more than settings need; give another file")
+    if len(data) > max_bytes:
+        raise ValueError(f"{what}: has over {max_bytes:,} bytes, more than settings need; give another file")
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:

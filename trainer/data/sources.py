@@ -11,7 +11,8 @@ from itertools import count, islice
 from pathlib import Path
 
 from trainer.data.config import DataConfig
-from trainer.data.files import SUFFIXES, check_file, checked_text, list_files, read_documents
+from trainer.data.files import SUFFIXES, check_file, checked_text, read_documents
+from trainer.data.splits import split_files
 from trainer.data.stories import story
 
 TINYSTORIES_HUB_ID = "roneneldan/TinyStories"
@@ -60,7 +61,7 @@ def check_source(config: DataConfig) -> None:
                 "or set data.path to a local copy"
             )
         return
-    train, validation, _ = _split_files(Path(config.path or ""))
+    train, validation, _ = split_files(Path(config.path or ""))
     for file in [*train, *(validation or [])]:
         check_file(file, config.text_field)
 
@@ -183,41 +184,8 @@ def _hub_id(config: DataConfig) -> str | None:
     return config.path if looks_like_id else None
 
 
-def _split_files(path: Path) -> tuple[list[Path], list[Path] | None, list[str]]:
-    """Files of train, files of validation (None: train is one pool), notes. Names decide, see `_kind`."""
-    files = list_files(path)
-    if path.is_file():
-        return files, None, []
-    kinds: dict[str, list[Path]] = {"train": [], "validation": [], "test": [], "other": []}
-    for file in files:
-        kinds[_kind(str(file.relative_to(path)))].append(file)
-    # Test files serve as validation only where nothing else does; training on them would be worse than leaving them.
-    held_out = "validation" if kinds["validation"] else "test"
-    train = "train" if kinds["train"] else "other"
-    if not kinds[train]:
-        raise ValueError(f"data.path={str(path)!r} has no training files, only held-out ones: add a file named train*")
-    notes = [
-        f"{file}: not used, neither {train} nor {held_out} by its name"
-        for kind, group in kinds.items()
-        for file in group
-        if kind not in (train, held_out)
-    ]
-    return kinds[train], kinds[held_out] or None, notes
-
-
-def _kind(name: str) -> str:
-    """train, validation, test or other, by the words of a file name: `wiki.train.tokens`, `train-00.jsonl` are train;
-    `contest.txt` is other."""
-    words = re.split(r"[^a-z]+", name.lower())
-    if any(word.startswith("train") for word in words):
-        return "train"
-    if any(word.startswith("valid") or word in ("val", "dev", "eval") for word in words):
-        return "validation"
-    return "test" if "test" in words else "other"
-
-
 def _local_splits(path: Path, text_field: str) -> _Splits:
-    train, validation, notes = _split_files(path)
+    train, validation, notes = split_files(path)
 
     def documents(files: list[Path]) -> Iterator[str]:
         for file in files:
