@@ -53,7 +53,10 @@ def split_files(path: Path) -> tuple[list[Path], list[Path] | None, list[str]]:
     train = "train" if kinds["train"] else "other"
     if not kinds[train]:
         raise ValueError(f"data.path={str(path)!r} has no training files, only held-out ones: add a file named train*")
-    parts = [(f"by name, train is {_named(kinds[train], path)}; validation is", kinds[held_out])]
+    # Names that leave no doubt need no note: the same texts are the same data, wherever they come from.
+    is_plain = all(_kind(names[file]) == kind for kind in ("train", "validation") for file in kinds[kind])
+    is_said = train == "other" or held_out == "test" or not is_plain
+    parts = [(f"by name, train is {_named(kinds[train], path)}; validation is", kinds[held_out] if is_said else [])]
     if train == "other":
         doubtful = [file for file in kinds[train] if _kind(names[file], True) != "other"]
         parts.append(("not held out, as its name may mean other things and no file is named train:", doubtful))

@@ -226,8 +226,7 @@ def test_notes_and_dropped_documents_are_printed(tmp_path, capsys):
     assert "dropped 1 documents (empty)" in out and "dropped 1 documents (overlap)" in out
     assert "data.train_documents=9" in out and "model.vocab_size=300, but the tokenizer finds only 258 tokens" in out
     assert data.summary["dropped"] == {"empty": 1, "overlap": 1}
-    assert len(data.summary["notes"]) == 3
-    assert data.summary["notes"][0] == "by name, train is train.jsonl; validation is valid.jsonl"
+    assert len(data.summary["notes"]) == 2
 
 
 def test_open_data_names_a_bad_folder(config, tmp_path):
