@@ -61,12 +61,7 @@ def prepare_data(
     with the data before anything new stays in the cache, and may raise ValueError to keep it out. Raises ValueError for
     settings or a source that cannot work, and for a cache folder that cannot be written; StorageError for a full disk.
     """
-    if config.tokenizer == "bytes":
-        check_vocab_size(vocab_size)
-    # A row of n ids has n - 1 targets; only a chunk has one id more than inputs.
-    least = 1 if config.rows == "chunks" else 2
-    if max_seq_len < least:
-        raise ValueError(f"model.max_seq_len={max_seq_len} leaves no targets: use {least} or more")
+    _check_sizes(config, vocab_size, max_seq_len)
     documents = load_documents(config, seed)
     notes = list(documents.notes)
     has_own_texts = config.tokenizer_documents is not None or config.tokenizer_from is not None
@@ -88,11 +83,7 @@ def prepare_data(
             if not config.allow_fewer:
                 raise ValueError(f"{shortage}: lower it, or take what there is with --set data.allow_fewer=true")
             notes.append(shortage)
-    if long_words:
-        unit = "bytes" if config.tokenizer == "bytes" else "characters"
-        notes.append(
-            f"{long_words:,} words of over {MAX_WORD_BYTES:,} {unit} are cut to train the tokenizer, and only there"
-        )
+    notes += _long_words_note(long_words, config.tokenizer)
     for line in notes:
         say(f"data: {line}")
     for reason, number in documents.dropped.items():
@@ -103,8 +94,7 @@ def prepare_data(
         tokenizer_key = _key(tokenizer_texts_hash, vocab_size, config.tokenizer, *([MAX_WORD_BYTES] if long_words else []))
         tokenizer_path = root / f"tokenizer-{tokenizer_key[:32]}.json"
         tokenizer = _cached_tokenizer(tokenizer_path, vocab_size)
-        is_new = tokenizer is None
-        if is_new:
+        if is_new := tokenizer is None:
             with progress(f"training the tokenizer on {number_of_texts:,} documents"):
                 tokenizer = train_tokenizer(texts_of_tokenizer(), vocab_size, config.tokenizer)
         notes += _unfilled(tokenizer, vocab_size, config.allow_fewer)
@@ -140,6 +130,15 @@ def prepare_data(
     return folder
 
 
+def _check_sizes(config: DataConfig, vocab_size: int, max_seq_len: int) -> None:
+    if config.tokenizer == "bytes":
+        check_vocab_size(vocab_size)
+    # A row of n ids has n - 1 targets; only a chunk has one id more than inputs.
+    least = 1 if config.rows == "chunks" else 2
+    if max_seq_len < least:
+        raise ValueError(f"model.max_seq_len={max_seq_len} leaves no targets: use {least} or more")
+
+
 def open_data(folder: str | Path) -> Dataset:
     """Open a folder that `prepare_data` returned; any rank, memory-mapped. Raises ValueError if it is damaged."""
     folder = Path(folder)
@@ -168,6 +167,13 @@ def _cached_tokenizer(path: Path, vocab_size: int) -> Tokenizer | None:
     except ValueError as error:
         say(f"data: rebuilding: {error}")
     return None
+
+
+def _long_words_note(number: int, kind: str) -> list[str]:
+    if not number:
+        return []
+    unit = "bytes" if kind == "bytes" else "characters"
+    return [f"{number:,} words of over {MAX_WORD_BYTES:,} {unit} are cut to train the tokenizer, and only there"]
 
 
 def _unfilled(tokenizer: Tokenizer, vocab_size: int, allow_fewer: bool) -> list[str]:
