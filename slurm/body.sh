@@ -45,6 +45,9 @@ for ((i = 1; i <= $#; i++)); do
 	esac
 done
 
+# No shell expands --output_dir=~/x, the trainer does.
+case $run in "~" | "~/"*) run=${HOME:?}${run#"~"} ;; esac
+
 [[ -n ${SLURM_JOB_ID:-} ]] || refuse "not inside a SLURM job; submit the script with sbatch"
 
 max_restarts=${SOME_MAX_RESTARTS:-3}

@@ -29,6 +29,7 @@ from tools.checkpoints import find_data
 from tools.runs import EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED, stop_on_signals
 from trainer.checkpoint import KEYS
 from trainer.config import experiment_from_dict
+from trainer.paths import local_path
 from trainer.plan import GIB, expert_bytes
 from trainer.resume import checkpoint_at
 from trainer.text import error_line
@@ -39,9 +40,7 @@ RANKS = (2, 4, 8)
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="tools/balance.py", description="Load of ranks under each placement of experts.")
-    parser.add_argument(
-        "checkpoint", type=Path, metavar="RUN_DIR|CHECKPOINT", help="a run's folder, or one checkpoint of it"
-    )
+    parser.add_argument("checkpoint", metavar="RUN_DIR|CHECKPOINT", help="a run's folder, or one checkpoint of it")
     parser.add_argument("--ranks", type=int, nargs="+", metavar="P", help="ranks that share a pool (default: 2 4 8)")
     parser.add_argument(
         "--replicas", default="auto", metavar="auto|N", help="copies a layer in the last row (default: auto)"
@@ -54,7 +53,7 @@ def main() -> None:
     try:
         with stop_on_signals():
             figures = measure(
-                arguments.checkpoint,
+                Path(local_path(arguments.checkpoint, "RUN_DIR|CHECKPOINT")),
                 arguments.ranks,
                 _replicas(arguments.replicas),
                 _repeats(arguments.repeats) if arguments.time else 0,

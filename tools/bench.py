@@ -26,7 +26,8 @@ from tools.bench_exchange import bench_exchange
 from tools.bench_layer import DTYPES, bench_layer, bench_update
 from tools.bench_table import BenchmarkFailed, Table, machine
 from tools.bench_training import bench_memory, bench_startup, bench_step
-from tools.runs import EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED, check_writable, stop_on_signals
+from tools.outputs import check_writable, read_paths, write_output
+from tools.runs import EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED, stop_on_signals
 from trainer.precision import AUTO, best_precision
 from trainer.text import error_line
 
@@ -141,7 +142,8 @@ def run(arguments: argparse.Namespace) -> None:
         if getattr(one, "precision", None) == AUTO:
             one.precision = best_precision(one.d_model, one.d_ffn, local_rank=0).name
     if arguments.json not in (None, "-"):
-        check_writable(Path(arguments.json), "--json")
+        read_paths(arguments, "json")
+        check_writable(arguments.json, "--json")
     tables, hardware = [], machine()
     for one in chosen:
         tables.append(BENCHMARKS[one.command].run(one))
@@ -155,7 +157,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.json == "-":
         print(text)
     else:
-        Path(arguments.json).write_text(text + "\n", encoding="utf-8")
+        write_output(arguments.json, text + "\n", "--json")
 
 
 def check(arguments: argparse.Namespace) -> None:

@@ -27,8 +27,8 @@ from modeling import build_model
 from modeling.config import ModelConfig, SoMEConfig
 from modeling.some import KeyStatistics, KeyStoreUpdate, SoMELayer
 from tools.options import Cluster, Option, evaluate
+from tools.outputs import check_writable, write_output
 from tools.peak_memory import PeakMemory
-from tools.runs import check_writable
 from trainer.cluster import Machine
 from trainer.config import Experiment
 from trainer.console import Console
@@ -117,7 +117,7 @@ def calibrate(experiment: Experiment, ds_config: str, base: Machine, path: Path)
         cluster = Cluster(machine, launch.world_size // launch.local_world_size, launch.local_world_size, sharding)
         planned = evaluate(experiment, cluster, Usage(measured.usage_LE, is_measured=True), layout, "contiguous", 0)
         if launch.rank == 0:
-            path.write_text(yaml.safe_dump(dataclasses.asdict(machine), sort_keys=False), encoding="utf-8")
+            write_output(path, yaml.safe_dump(dataclasses.asdict(machine), sort_keys=False), "--calibrate")
         console.say(compare(planned, measured))
         console.say(f"machine: {path}")
     finally:

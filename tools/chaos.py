@@ -1,6 +1,7 @@
 """Repeat a short training under faults, restart it until it ends, and compare the end with the unbroken run.
 
     python tools/chaos.py --ranks 2 --kills 50 --seed 0
+    python tools/chaos.py --ranks 2 --kills 20 --seed 0 --linked    # checkpoints behind a link, as on another file system
 
 Faults are drawn from the seed: SIGKILL of any rank at the beginning of a step, before, inside and after every stage of a
 save, and at any moment; SIGTERM at any moment; a rank that stops answering, until the watchdog ends the others; a slow rank;
@@ -28,6 +29,7 @@ if __name__ == "__main__":
 
 from tools.chaos_faults import Card, Fault, arrange, deck
 from tools.chaos_ranks import Ranks, prepare
+from tools.outputs import check_writable, read_paths, write_output
 from tools.runs import EXIT_FAILED, EXIT_REFUSED, Run, read_run
 from trainer.checkpoint import MANIFEST, TENSORS, checkpoint_folders
 from trainer.config import load_experiment
@@ -35,6 +37,7 @@ from trainer.ds_config import load_ds_config
 from trainer.exit_codes import DONE
 from trainer.launch import Launch
 from trainer.layout import Layout
+from trainer.paths import local_path, make_folder
 from trainer.resume import NoCheckpoint, checkpoint_at
 from trainer.text import error_line
 
@@ -71,6 +74,8 @@ class Chaos:
     ranks: int
     folder: Path
     draw: random.Random
+    linked: bool = False
+    """Whether checkpoints lie elsewhere, behind a link in the run's folder."""
     rows: dict[str, Row] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
@@ -89,6 +94,8 @@ class Chaos:
     def run(self, number: int, cards: list[Card]) -> list[Card]:
         """One run under faults, in turn, and then to its end; those that did not happen, the run having ended before."""
         output_dir, missed = self.folder / f"run_{number}", list(cards)
+        if self.linked:
+            link_checkpoints(output_dir)
         happened: list[Card] = []
         waiting: list[Card] = []  # for the next start that comes so far as to say where it begins
         is_done = False
@@ -128,6 +135,7 @@ class Chaos:
             self.rows[str(card)].same_end += not differences
         if not differences:
             shutil.rmtree(output_dir)
+            shutil.rmtree(_elsewhere(output_dir), ignore_errors=True)
         return missed
 
     def _start(self, output_dir: Path, fault: Fault | None = None) -> list[int | None]:
@@ -135,6 +143,16 @@ class Chaos:
         settings = [word for setting in (fault.settings if fault else ()) for word in ("--set", setting)]
         ranks = Ranks([*self.arguments, "--output_dir", str(output_dir), *settings], self.ranks, _log(output_dir))
         return ranks.wait(*((fault.after, fault.rank, fault.sends) if fault and fault.sends else ()))
+
+
+def link_checkpoints(output_dir: Path) -> None:
+    """Make a run's folder whose checkpoints lie beside it, as on another file system; their folder is the run's to make."""
+    output_dir.mkdir()
+    (output_dir / "checkpoints").symlink_to(_elsewhere(output_dir))
+
+
+def _elsewhere(output_dir: Path) -> Path:
+    return output_dir.with_name(f"{output_dir.name}_checkpoints")
 
 
 def _log(output_dir: Path) -> Path:
@@ -179,7 +197,12 @@ def _end(folder: Path) -> tuple[dict[str, Any], dict[str, str], set[str]]:
     found = checkpoint_at(folder)
     manifest = json.loads((found.folder / MANIFEST).read_text(encoding="utf-8"))
     state = {key: value for key, value in vars(found.state).items() if key != "experiment"}
-    names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.parent.name != "tensorboard"}
+    names = set()
+    for path, folders, files in os.walk(folder, followlinks=True):
+        if Path(path).name != "tensorboard":
+            names |= {str(Path(path, name).relative_to(folder)) for name in (*folders, *files)}
+    if (folder / "checkpoints").is_symlink():
+        names.discard("checkpoints/.lock")  # of checkpoints that another run's folder may lead to as well
     for number, path in enumerate(checkpoint_folders(folder / "checkpoints")):
         names = {name.replace(f"checkpoints/{path.name}", f"checkpoints/{number}") for name in names}
     return state, {name: manifest["files"][name]["sha256"] for name in TENSORS}, names
@@ -208,6 +231,8 @@ def check(arguments: argparse.Namespace, settings: list[str]) -> None:
     """
     if min(arguments.ranks, arguments.kills, arguments.kills_a_run) < 1:
         raise ValueError("--ranks, --kills and --kills_a_run: must be at least 1")
+    read_paths(arguments, "folder", "json")
+    arguments.ds_config = local_path(arguments.ds_config, "--ds_config")
     experiment, launch = load_experiment(arguments.experiment, settings), Launch(0, arguments.ranks, 0, arguments.ranks)
     load_ds_config(arguments.ds_config, experiment, Layout.of(experiment, launch), arguments.ranks)
     if not wanted_cards(arguments):
@@ -215,8 +240,16 @@ def check(arguments: argparse.Namespace, settings: list[str]) -> None:
         raise ValueError(f"--only {arguments.only}: no fault has this in its name; there are: {kinds}")
     if arguments.folder is not None and arguments.folder.exists() and any(arguments.folder.iterdir()):
         raise ValueError(f"--folder {arguments.folder}: is not empty; give another")
-    if arguments.json is not None and (arguments.json.is_dir() or not os.access(arguments.json.absolute().parent, os.W_OK)):
-        raise ValueError(f"--json {arguments.json}: cannot be written; give a file in a folder that is there")
+    if arguments.json is not None:
+        check_writable(arguments.json, "--json")
+
+
+def figures(arguments: argparse.Namespace, chaos: Chaos, runs: int) -> dict[str, Any]:
+    """What was asked for and what came of it."""
+    names = ("experiment", "set", "ranks", "kills", "kills_a_run", "seed", "linked")
+    rows = {name: vars(row) for name, row in chaos.rows.items()}
+    how = {name: getattr(arguments, name) for name in names}
+    return {**how, "runs": runs, "rows": rows, "problems": chaos.problems}
 
 
 def main() -> int:
@@ -230,14 +263,15 @@ def main() -> int:
     parser.add_argument("--kills_a_run", type=int, default=10, metavar="N", help="faults of one run (default: 10)")
     parser.add_argument("--seed", type=int, default=0, help="decides the faults; moments are as the clock has it")
     parser.add_argument("--only", default="", metavar="TEXT", help="faults whose name has this in it")
-    parser.add_argument("--folder", type=Path, metavar="DIR", help="for the runs (default: a temporary one)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures")
+    parser.add_argument("--folder", metavar="DIR", help="for the runs (default: a temporary one)")
+    parser.add_argument("--linked", action="store_true", help="keep checkpoints elsewhere, behind a link")
+    parser.add_argument("--json", metavar="FILE", help="write the figures")
     arguments = parser.parse_args()
     settings = (TINY if arguments.experiment == "quickstart" else []) + [NO_MERCY, *arguments.set]
     try:
         check(arguments, settings)
         folder = arguments.folder or Path(tempfile.mkdtemp(prefix="chaos-"))
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
     except OSError as error:
         print(error_line(ValueError(f"--folder {arguments.folder}: {error.strerror}; give another")), file=sys.stderr)
         return EXIT_REFUSED
@@ -250,7 +284,7 @@ def main() -> int:
         command += ["--set", setting]
     draw, number, cards = random.Random(arguments.seed), 0, []
     try:
-        chaos = Chaos(command, arguments.ranks, folder, draw)
+        chaos = Chaos(command, arguments.ranks, folder, draw, arguments.linked)
     except (RuntimeError, TimeoutError) as error:
         print(error_line(error), file=sys.stderr)
         return EXIT_FAILED
@@ -267,9 +301,11 @@ def main() -> int:
     for problem in chaos.problems:
         print(f"problem: {problem}", file=sys.stderr)
     if arguments.json is not None:
-        how = {name: getattr(arguments, name) for name in ("experiment", "set", "ranks", "kills", "kills_a_run", "seed")}
-        rows = {name: vars(row) for name, row in chaos.rows.items()}
-        arguments.json.write_text(json.dumps({**how, "runs": number, "rows": rows, "problems": chaos.problems}, indent=1))
+        try:
+            write_output(arguments.json, json.dumps(figures(arguments, chaos, number), indent=1), "--json")
+        except ValueError as error:
+            print(error_line(error), file=sys.stderr)
+            return EXIT_FAILED
     if arguments.folder is None and not chaos.problems:
         shutil.rmtree(folder)
     return EXIT_FAILED if chaos.problems else 0

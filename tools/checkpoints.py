@@ -10,6 +10,7 @@ from modeling import Transformer, build_model
 from trainer.checkpoint import RunState
 from trainer.config import Experiment
 from trainer.data import check_source, open_data, prepare_data
+from trainer.paths import local_path
 from trainer.snapshot import load_checkpoint
 
 
@@ -49,7 +50,7 @@ def find_data(experiment: Experiment, path: str | None, fingerprint: str) -> Pat
         ValueError: other data, or none.
     """
     data, model = experiment.data, experiment.model
-    data = data if path is None else replace(data, path=path)
+    data = data if path is None else replace(data, path=local_path(path, "--data_path"))
     check_source(data)
     folder = prepare_data(data, model.vocab_size, model.max_seq_len, experiment.seed)
     if open_data(folder).fingerprint != fingerprint:

@@ -21,6 +21,7 @@ if __name__ == "__main__":
 
 from tools.runs import EXIT_REFUSED
 from trainer.config import load_experiment
+from trainer.paths import local_path
 from trainer.text import error_line
 
 
@@ -76,7 +77,7 @@ def plan(chosen: argparse.Namespace) -> list[GridRun]:
     for key in keys:
         if keys.count(key) > 1:
             raise ValueError(f"{key} is given twice; put all its values into one --grid")
-    parent = Path(chosen.output_dir) / Path(chosen.experiment).stem
+    parent = Path(local_path(chosen.output_dir, "--output_dir")) / Path(chosen.experiment).stem
     # A value may be a path.
     runs = [GridRun(settings, parent / ",".join(settings).replace("/", "_")) for settings in itertools.product(*axes)]
     folders = [run.folder for run in runs]

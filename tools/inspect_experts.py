@@ -11,7 +11,6 @@ model reads it; the loss beside it is that of predicting the next.
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -28,12 +27,14 @@ from tools.expert_figures import check_experts, describe_change, describe_layers
 from tools.expert_page import page
 from tools.expert_tables import headline, tables
 from tools.expert_traces import disabled, tokenise, trace
+from tools.outputs import check_writable, read_paths, write_output
 from tools.runs import EXIT_REFUSED
 from trainer.config import Experiment, experiment_from_dict
 from trainer.data import Dataset, Sequences, open_data
 from trainer.data.files import checked_text
 from trainer.memory import host_bytes
 from trainer.numerics import set_numerics
+from trainer.paths import local_path
 from trainer.plan import GIB, expert_bytes
 from trainer.resume import checkpoint_at
 from trainer.text import error_line
@@ -45,30 +46,32 @@ ROWS = 200
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="tools/inspect_experts.py", description="What experts do with a text.")
-    parser.add_argument("checkpoint", type=Path, metavar="RUN_DIR|CHECKPOINT", help="a run's folder, or a checkpoint of it")
+    parser.add_argument("checkpoint", metavar="RUN_DIR|CHECKPOINT", help="a run's folder, or a checkpoint of it")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--text", help="the text")
-    source.add_argument("--file", type=Path, help="a file with the text, in UTF-8")
+    source.add_argument("--file", help="a file with the text, in UTF-8")
     source.add_argument("--data", action="store_true", help="the beginning of the run's validation split")
     parser.add_argument("--sequences", type=int, metavar="N", help=f"with --data: how much of it (default: {SEQUENCES})")
     parser.add_argument("--disable", action="append", default=[], metavar="LAYER:EXPERT", help="see what changes without it")
     parser.add_argument("--layers", type=int, nargs="+", metavar="N", help="show only these, from 0 (default: all)")
     parser.add_argument("--rows", type=int, default=ROWS, metavar="N", help=f"tokens in tables (default: {ROWS})")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures, of every token and layer")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page")
+    parser.add_argument("--json", metavar="FILE", help="write all figures, of every token and layer")
+    parser.add_argument("--html", metavar="FILE", help="write a page")
     parser.add_argument("--data_path", metavar="PATH", help="where the run's data lies now (data.path)")
     arguments = parser.parse_args()
     sys.stdout.reconfigure(errors="backslashreplace")
     try:
+        arguments.checkpoint = Path(local_path(arguments.checkpoint, "RUN_DIR|CHECKPOINT"))
+        read_paths(arguments, "file", "json", "html")
         check_flags(arguments)
         text = arguments.text if arguments.file is None else read_text(arguments.file)
         count = arguments.sequences or SEQUENCES
         figures = inspect(arguments.checkpoint, text, count, arguments.disable, arguments.data_path, arguments.layers)
         shown = select(figures, arguments.layers, arguments.rows)
         if arguments.json is not None:
-            write(arguments.json, "--json", json.dumps(figures, indent=1) + "\n")
+            write_output(arguments.json, json.dumps(figures, indent=1) + "\n", "--json")
         if arguments.html is not None:
-            write(arguments.html, "--html", page(shown))
+            write_output(arguments.html, page(shown), "--html")
     except ValueError as error:
         print(error_line(error), file=sys.stderr)
         sys.exit(EXIT_REFUSED)
@@ -85,8 +88,8 @@ def check_flags(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--sequences {arguments.sequences}: is for --data; leave it out, or ask for --data")
     for flag in ("json", "html"):
         path = getattr(arguments, flag)
-        if path is not None and (path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK)):
-            raise ValueError(f"--{flag} {path}: cannot be written; name a file in a folder that can")
+        if path is not None:
+            check_writable(path, f"--{flag}")
 
 
 def inspect(
@@ -180,14 +183,6 @@ def read_text(path: Path) -> str:
         raise ValueError(f"--file {path}: cannot be read ({error.strerror}); give an existing file") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"--file {path}: is not text in UTF-8 (byte {error.start}); convert it") from None
-
-
-def write(path: Path, flag: str, text: str) -> None:
-    """Raises ValueError where it cannot be written."""
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ValueError(f"{flag} {path}: cannot be written ({error.strerror}); choose another") from None
 
 
 def select(figures: dict[str, Any], layers: list[int] | None, rows: int) -> dict[str, Any]:

@@ -16,26 +16,29 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
     sys.path[0] = str(REPOSITORY)
 
-from tools.runs import EXIT_REFUSED, Run, check_writable, read_run
+from tools.outputs import check_writable, read_paths, write_output
+from tools.runs import EXIT_REFUSED, Run, read_run
+from trainer.paths import local_path
 from trainer.text import error_line
 
 
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="tools/padding.py", description="A run's measures with and without padding.")
-    parser.add_argument("run", type=Path, metavar="RUN_DIR", help="folder of a run with data.count_padding = true")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures as JSON")
+    parser.add_argument("run", metavar="RUN_DIR", help="folder of a run with data.count_padding = true")
+    parser.add_argument("--json", metavar="FILE", help="also write the figures as JSON")
     arguments = parser.parse_args()
     try:
+        read_paths(arguments, "json")
         if arguments.json is not None:
             check_writable(arguments.json, "--json")
-        figures = measure(arguments.run)
+        figures = measure(Path(local_path(arguments.run, "RUN_DIR")))
+        if arguments.json is not None:
+            write_output(arguments.json, json.dumps(figures, indent=1) + "\n", "--json")
     except ValueError as error:
         print(error_line(error), file=sys.stderr)
         sys.exit(EXIT_REFUSED)
     print(table(figures))
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 
 
 def measure(folder: Path) -> dict:

@@ -19,12 +19,14 @@ if __name__ == "__main__":
     sys.path[0] = str(REPOSITORY)
 
 from tools.options import Cluster, Option, all_options, as_it_stands, best_of_each, largest_difference, why
-from tools.runs import EXIT_FAILED, EXIT_REFUSED, check_writable
+from tools.outputs import check_writable, read_paths, write_output
+from tools.runs import EXIT_FAILED, EXIT_REFUSED
 from trainer.cluster import Machine, read_machine
 from trainer.config import Experiment, load_experiment
 from trainer.ds_config import load_ds_config, precision_of, set_precision
 from trainer.launch import Launch
 from trainer.layout import Layout
+from trainer.paths import local_path
 from trainer.plan import GIB, Sharding, parts
 from trainer.precision import AUTO
 from trainer.text import error_line
@@ -79,13 +81,16 @@ def plan(arguments: argparse.Namespace) -> int:
     Raises:
         ValueError: what cannot work.
     """
+    read_paths(arguments, "json", "plot", "calibrate")
+    for name in ("ds_config", "machine", "usage"):
+        setattr(arguments, name, local_path(getattr(arguments, name), f"--{name}"))
     experiment = load_experiment(arguments.experiment, arguments.set)
     if arguments.calibrate:
         from tools.calibrate import calibrate
 
         check_calibrates_alone(arguments)
         base = with_bandwidths(read_machine(arguments.machine, MACHINES), arguments.bandwidth)
-        calibrate(experiment, arguments.ds_config, base, Path(arguments.calibrate))
+        calibrate(experiment, arguments.ds_config, base, arguments.calibrate)
         return 0
     if arguments.plot:
         # Refused before any work where matplotlib is missing.
@@ -93,16 +98,16 @@ def plan(arguments: argparse.Namespace) -> int:
 
         check_plot(arguments.plot)
     if arguments.json:
-        check_writable(Path(arguments.json), "--json")
+        check_writable(arguments.json, "--json")
     cluster = read_cluster(arguments, experiment)
     model = experiment.model
     usage = read_usage(arguments.usage, model.num_layers, model.some.num_experts, model.some.top_k)
     standing, options = as_it_stands(experiment, cluster, usage), all_options(experiment, cluster, usage)
     # The files first: whoever reads what is printed may stop early.
     if arguments.json:
-        write_json(Path(arguments.json), experiment, cluster, standing, options)
+        write_json(arguments.json, experiment, cluster, standing, options)
     if arguments.plot:
-        draw(Path(arguments.plot), experiment, cluster, arguments.usage)
+        draw(arguments.plot, experiment, cluster, arguments.usage)
     print(report(experiment, cluster, standing, options, arguments.usage))
     if arguments.plot:
         print(f"picture: {arguments.plot}")
@@ -246,7 +251,7 @@ def write_json(path: Path, experiment: Experiment, cluster: Cluster, standing: O
         "as_it_stands": _figures(standing, experiment),
         "options": [_figures(option, experiment) for option in options],
     }
-    path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    write_output(path, json.dumps(values, indent=1) + "\n", "--json")
 
 
 def _figures(option: Option, experiment: Experiment) -> dict:

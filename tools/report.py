@@ -19,6 +19,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
     sys.path[0] = str(REPOSITORY)
 
+from tools.outputs import is_stdout, is_stream, make_output_folder, read_paths, write_output
 from tools.reporting.compare import Variant, common_step, comparison, sort_by_data, variants
 from tools.reporting.cost import cost_rows
 from tools.reporting.health import RULES, STATUSES
@@ -26,7 +27,6 @@ from tools.reporting.keymaps import check_umap
 from tools.reporting.page import page, page_data
 from tools.reporting.table import COLUMNS, Entry, plain_markdown, to_csv, to_markdown
 from tools.runs import EXIT_REFUSED, read_records, read_run, run_folders
-from trainer.storage import write_text_atomically
 from trainer.text import error_line, visible
 
 CSV, MARKDOWN = "results.csv", "report.md"
@@ -54,30 +54,33 @@ def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     chosen = parse_arguments(arguments)
     try:
+        read_paths(chosen, "runs", "output", "plotly")
         settings = Settings(chosen.baseline, chosen.mixed_data, chosen.watts, chosen.price, chosen.plotly, chosen.umap)
         count = write_report(chosen.runs, chosen.output, settings)
     except ValueError as error:
         print(error_line(error), file=sys.stderr)
         sys.exit(EXIT_REFUSED)
-    print(visible(f"{count} run(s): {chosen.output}, {', '.join((CSV, MARKDOWN))} beside it"))
+    beside = "" if is_stream(chosen.output) else f", {', '.join((CSV, MARKDOWN))} beside it"
+    said = sys.stderr if is_stdout(chosen.output) else sys.stdout
+    print(visible(f"{count} run(s): {chosen.output}{beside}"), file=said)
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The flags."""
     parser = argparse.ArgumentParser(prog="tools/report.py", description="One page of any number of runs.")
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUNS", help="runs' folders, or folders that hold some")
-    parser.add_argument("-o", "--output", type=Path, default=Path("report.html"), metavar="FILE", help="(report.html)")
+    parser.add_argument("runs", nargs="+", metavar="RUNS", help="runs' folders, or folders that hold some")
+    parser.add_argument("-o", "--output", default="report.html", metavar="FILE", help="(report.html)")
     parser.add_argument("--baseline", metavar="NAME", help="the variant to compare with, as the page names it")
     parser.add_argument("--mixed_data", action="store_true", help="show runs whose validation data differ on one page")
     parser.add_argument("--watts", type=float, metavar="W", help="power of a rank, for the energy")
     parser.add_argument("--price", type=float, metavar="P", help="price of a rank for an hour")
-    parser.add_argument("--plotly", type=Path, metavar="FILE", help="a build of plotly.js to embed, such as a smaller one")
+    parser.add_argument("--plotly", metavar="FILE", help="a build of plotly.js to embed, such as a smaller one")
     parser.add_argument("--umap", action="store_true", help="add maps of keys by UMAP, which takes some seconds a layer")
     return parser.parse_args(arguments)
 
 
 def write_report(folders: list[Path], output: Path, settings: Settings = Settings()) -> int:
-    """Write the page to `output`, and its tables beside it; how many runs it has.
+    """Write the page to `output`, and its tables beside it, but for a pipe or a device; how many runs it has.
 
     Raises:
         ValueError: no such folder, an unknown baseline, other validation data, no plotly or UMAP, a rate that is no rate, a
@@ -101,13 +104,13 @@ def write_report(folders: list[Path], output: Path, settings: Settings = Setting
     costs = cost_rows(entries, settings.watts, settings.price)
     data = page_data(entries, named, baseline, costs, warnings if differing else [], settings.umap)
     texts = {CSV: to_csv(entries), MARKDOWN: markdown(entries, named, baseline, data["warnings"])}
-    texts[output.name] = page(data, library)
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        for name, text in texts.items():
-            write_text_atomically(output.with_name(name), text)
-    except OSError as error:
-        raise ValueError(f"--output {output}: cannot be written ({error.strerror}); choose another") from None
+    if is_stream(output):
+        texts = {}
+    else:
+        make_output_folder(output.parent, "--output")
+    for name, text in texts.items():
+        write_output(output.with_name(name), text, "--output")
+    write_output(output, page(data, library), "--output")
     return len(entries)
 
 

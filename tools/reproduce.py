@@ -22,6 +22,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
     sys.path[0] = str(REPOSITORY)
 
+from tools.outputs import check_writable, make_output_folder, read_paths, write_output
 from tools.results import SMALL, Row, changed_settings
 from tools.results_table import CONVENTIONS, RULE, brief, markdown
 from tools.runs import (
@@ -29,7 +30,6 @@ from tools.runs import (
     EXIT_REFUSED,
     EXIT_STOPPED,
     FAILED,
-    check_writable,
     command,
     read_run,
     start,
@@ -40,9 +40,9 @@ from trainer.controls import CONTROLS
 from trainer.ds_config import load_ds_config, read_precision
 from trainer.launch import Launch
 from trainer.layout import Layout
+from trainer.paths import local_path
 from trainer.precision import AUTO
 from trainer.runfolder import check_writable as check_folder
-from trainer.storage import write_text_atomically
 from trainer.text import error_line
 
 SMALL_STEPS = 40
@@ -110,6 +110,8 @@ def reproduce(arguments: argparse.Namespace) -> int:
     Raises:
         ValueError: what cannot work, before anything runs.
     """
+    read_paths(arguments, "output_dir", "json")
+    arguments.ds_config = local_path(arguments.ds_config, "--ds_config")
     entries = plan(arguments)
     if arguments.task == "list":
         for number, entry in enumerate(entries):
@@ -122,7 +124,7 @@ def reproduce(arguments: argparse.Namespace) -> int:
         experiments = [check(entry, arguments) for entry in chosen]
         # The tasks of an array write no results, and would test the same file at the same time.
         if arguments.task is None:
-            Path(arguments.output_dir).mkdir(parents=True, exist_ok=True)
+            make_output_folder(arguments.output_dir, "--output_dir")
             check_results(arguments)
         try:
             with stop_on_signals():
@@ -300,8 +302,9 @@ def write_results(entries: list[Entry], arguments: argparse.Namespace) -> None:
         "conventions": CONVENTIONS,
         "rows": [row.to_dict() for row in rows],
     }
-    write_text_atomically(as_json, json.dumps(values, indent=1) + "\n")
-    write_text_atomically(as_markdown, markdown(rows))
+    flag = "--output_dir" if arguments.json is None else "--json"
+    write_output(as_json, json.dumps(values, indent=1) + "\n", flag)
+    write_output(as_markdown, markdown(rows), flag)
     print("\n".join(brief(row) for row in rows))
     print(f"results: {as_json} and {as_markdown}", flush=True)
 

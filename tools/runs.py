@@ -144,13 +144,23 @@ def read_records(path: Path) -> tuple[list[dict[str, Any]], int]:
 
 
 def run_folders(folder: Path) -> list[Path]:
-    """The run that `folder` is, or those below it, by name; what is hidden is left out."""
-    found = []
-    for path, below, files in os.walk(folder):
+    """The run that `folder` is, or those below it, by name, links followed; what is hidden is left out."""
+    found, root = [], folder.resolve()
+    seen = {root}
+
+    def is_new(path: Path) -> bool:
+        """Whether it is not one of those before, nor above them, which would have no end."""
+        target = path.resolve()
+        if target in seen or root.is_relative_to(target):
+            return False
+        seen.add(target)
+        return True
+
+    for path, below, files in os.walk(folder, followlinks=True):
         if any(mark in files for mark in MARKS):
             found.append(Path(path))
             below.clear()  # a run holds no runs
-        below[:] = [name for name in below if not name.startswith(".")]
+        below[:] = [name for name in sorted(below) if not name.startswith(".") and is_new(Path(path, name))]
     return sorted(found)
 
 
@@ -355,21 +365,6 @@ def _kill(process: subprocess.Popen) -> None:
         for one in [*family.children(recursive=True), family]:
             with suppress(psutil.NoSuchProcess):
                 one.kill()
-
-
-def check_writable(path: Path, flag: str) -> None:
-    """Refuse a file that cannot be written, before the work that is to fill it; leaves nothing behind.
-
-    Raises:
-        ValueError: naming the flag and the file.
-    """
-    try:
-        is_new = not path.exists()
-        path.open("a", encoding="utf-8").close()
-        if is_new:
-            path.unlink(missing_ok=True)
-    except OSError as error:
-        raise ValueError(f"{flag} {path}: cannot be written ({error.strerror}); choose another") from None
 
 
 @contextmanager

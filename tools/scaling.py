@@ -2,10 +2,11 @@
 
 from dataclasses import replace
 from importlib.util import find_spec
+from io import BytesIO
 from pathlib import Path
 
 from tools.options import Cluster, Option, divisors, evaluate
-from tools.runs import check_writable
+from tools.outputs import check_writable, write_output
 from trainer.config import Experiment
 from trainer.layout import Layout
 from trainer.usage import Usage, read_usage
@@ -14,13 +15,13 @@ SUFFIXES = (".png", ".svg")
 MOST_RANKS, MOST_EXPERTS = 1024, 65536
 
 
-def check_plot(path: str) -> None:
+def check_plot(path: Path) -> None:
     """Raises:
     ValueError: another format, a file that cannot be written, or matplotlib is missing.
     """
-    if Path(path).suffix not in SUFFIXES:
+    if path.suffix not in SUFFIXES:
         raise ValueError(f"--plot {path}: must end in {' or '.join(SUFFIXES)}")
-    check_writable(Path(path), "--plot")
+    check_writable(path, "--plot")
     if find_spec("matplotlib") is None:
         raise ValueError(f"--plot {path}: needs matplotlib, which is not installed; pip install matplotlib")
 
@@ -54,7 +55,9 @@ def draw(path: Path, experiment: Experiment, cluster: Cluster, usage: str) -> No
     right.set_xlabel("experts a layer")
     right.set_title(f"{cluster.ranks} ranks")
     figure.suptitle(f"{experiment.name} on {cluster.machine.describe} (hollow: does not fit)", fontsize=10)
-    figure.savefig(path)
+    picture = BytesIO()
+    figure.savefig(picture, format=path.suffix[1:])
+    write_output(path, picture.getvalue(), "--plot")
 
 
 def over_ranks(experiment: Experiment, cluster: Cluster, usage: str) -> dict[str, list[tuple[int, Option]]]:

@@ -22,10 +22,12 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
     sys.path[0] = str(REPOSITORY)
 
+from tools.outputs import check_writable, make_output_folder, read_paths, write_output
 from tools.results import changed_settings
-from tools.runs import EXIT_FAILED, EXIT_REFUSED, Run, check_writable, command, read_run, start, stop_all, stop_on_signals
+from tools.runs import EXIT_FAILED, EXIT_REFUSED, Run, command, read_run, start, stop_all, stop_on_signals
 from trainer.config import load_experiment
 from trainer.ds_config import read_precision
+from trainer.paths import local_path
 from trainer.precision import AUTO
 from trainer.runfolder import check_writable as check_folder
 from trainer.text import error_line, read_yaml, shown
@@ -87,19 +89,21 @@ def main() -> None:
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The flags."""
     parser = argparse.ArgumentParser(prog="tools/study.py", description="Variants of one experiment, compared in pairs.")
-    parser.add_argument("--study", type=Path, default=REPOSITORY / "tools" / "study.yaml", metavar="FILE")
+    parser.add_argument("--study", default=str(REPOSITORY / "tools" / "study.yaml"), metavar="FILE")
     parser.add_argument("--only", nargs="+", metavar="VARIANT", help="run these variants alone")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 0 .. N-1 (default 3)")
     parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="change one key in every run")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time, which share the cores (default 1)")
     parser.add_argument("--ds_config", default=str(REPOSITORY / "ds_configs" / "zero2.json"), metavar="FILE")
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/study"), metavar="DIR")
+    parser.add_argument("--output_dir", default="runs/study", metavar="DIR")
     parser.add_argument("--collect", action="store_true", help="run nothing; write the tables of what is there")
     return parser.parse_args(arguments)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Check everything, run what is missing, write `results.json` and `results.md` in the output folder; the exit code."""
+    read_paths(arguments, "study", "output_dir")
+    arguments.ds_config = local_path(arguments.ds_config, "--ds_config")
     study = Study.read(arguments.study)
     if arguments.seeds < 1 or arguments.jobs < 1:
         raise ValueError(f"--seeds {arguments.seeds} and --jobs {arguments.jobs} must be at least 1")
@@ -110,15 +114,15 @@ def run(arguments: argparse.Namespace) -> int:
         load_experiment(study.experiment, [*study.settings(name), *arguments.set])
     read_precision(arguments.ds_config)
     check_folder(arguments.output_dir)
-    arguments.output_dir.mkdir(parents=True, exist_ok=True)
+    make_output_folder(arguments.output_dir, "--output_dir")
     as_json, as_markdown = (arguments.output_dir / f"results.{suffix}" for suffix in ("json", "md"))
     for path in (as_json, as_markdown):
         check_writable(path, "--output_dir")
     failures = [] if arguments.collect else run_missing(study, arguments)
     results = collect(study, arguments)
-    as_json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    write_output(as_json, json.dumps(results, indent=1) + "\n", "--output_dir")
     text = tables(study, results)
-    as_markdown.write_text(text, encoding="utf-8")
+    write_output(as_markdown, text, "--output_dir")
     print(text)
     return EXIT_FAILED if failures else 0
 

@@ -27,6 +27,7 @@ from rich.text import Text
 from tools.runs import EXIT_REFUSED
 from tools.serve import serve
 from tools.snapshots import Snapshot, Watched
+from trainer.paths import local_path
 from trainer.text import error_line
 
 STYLES = {"running": "green", "failed?": "yellow", "failed": "bold red", "stopped": "yellow", "done": "cyan"}
@@ -42,7 +43,7 @@ BLOCKS, ASCII_BLOCKS = "▁▂▃▄▅▆▇█", "_.-=+*%#"
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="tools/watch.py", description="Live view of the runs below a folder.")
-    parser.add_argument("runs", type=Path, nargs="?", default=Path("runs"), metavar="RUNS_DIR", help="default: runs")
+    parser.add_argument("runs", nargs="?", default="runs", metavar="RUNS_DIR", help="default: runs")
     parser.add_argument("--once", action="store_true", help="print one snapshot and end")
     parser.add_argument("--every", type=float, default=2.0, metavar="SECONDS", help="time between two looks (default: 2)")
     parser.add_argument(
@@ -53,7 +54,7 @@ def main() -> None:
     try:
         if not arguments.every > 0:
             raise ValueError(f"--every {arguments.every}: must be more than 0 seconds")
-        watched = Watched(arguments.runs)
+        watched = Watched(Path(local_path(arguments.runs, "RUNS_DIR")))
         if arguments.serve is not None:
             serve(watched, arguments.serve, report_page)
         else:

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from trainer.comparison import differing_keys
 from trainer.config import Experiment
 from trainer.faults import Faults
+from trainer.paths import make_folder
 from trainer.precision import AUTO
 from trainer.published import merge
 from trainer.storage import (
@@ -32,10 +33,10 @@ from trainer.storage import (
     describe_free,
     megabytes,
     remove,
+    replace_file,
     safetensors_parts,
     sync,
     write_file,
-    write_text_atomically,
 )
 
 if TYPE_CHECKING:
@@ -119,6 +120,8 @@ def verify(folder: Path) -> RunState:
         ValueError: what is wrong with the first part that is.
     """
     try:
+        if folder.is_symlink() and not folder.exists():
+            raise ValueError(f"it is a link to {os.readlink(folder)}, which is not there")
         if not (folder / MANIFEST).exists():
             raise ValueError(f"{MANIFEST} is missing: it is half-written, or from before there were manifests")
         manifest = _read_json(folder / MANIFEST)
@@ -197,7 +200,7 @@ def save_checkpoint(
     is_in_place = False
     try:
         with faults.stage("begin", step):
-            checkpoints.mkdir(parents=True, exist_ok=True)
+            make_folder(checkpoints)
             remove_temporary(checkpoints)
             for replacement in checkpoints.glob(f"step_*{REPLACEMENT}"):
                 _finish_replacing(replacement)
@@ -209,13 +212,13 @@ def save_checkpoint(
             _put_in_place(temporary, final)
         is_in_place = True
         with faults.stage("pointer", step):
-            write_text_atomically(checkpoints / POINTER, final.name)
+            # A link by that name is replaced: followed, it would write into the checkpoint that it leads to.
+            replace_file(checkpoints / POINTER, [final.name.encode()])
         with faults.stage("clean", step):
             remove_superseded(final, snapshot.state, keep)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        whole = checkpoint_folders(checkpoints)
-        former = f"{whole[0].name} is the newest and untouched" if whole else "there is none before it"
+        former = _describe_newest(checkpoints)
         failed, state = "cannot be written", f"{megabytes(snapshot.num_bytes)} needed, {describe_free(output_dir)}; {former}"
         if is_in_place:
             failed, state = "is whole, but what goes with it cannot be done", describe_free(output_dir)
@@ -223,6 +226,14 @@ def save_checkpoint(
             f"checkpoint {final} {failed} ({error.strerror}): {state}; make room and give the same command again"
         ) from error
     return final
+
+
+def _describe_newest(checkpoints: Path) -> str:
+    try:
+        folders = checkpoint_folders(checkpoints)
+    except OSError as error:
+        return f"the folder cannot be read ({error.strerror})"
+    return f"{folders[0].name} is the newest and untouched" if folders else "there is none before it"
 
 
 def _write_files(folder: Path, snapshot: "Snapshot", faults: Faults, on_file: Callable[[], None]) -> None:
@@ -249,7 +260,7 @@ def _write_files(folder: Path, snapshot: "Snapshot", faults: Faults, on_file: Ca
 def _put_in_place(temporary: Path, final: Path) -> None:
     """Give a written checkpoint its name. Where one of that step is there already, at no time is neither of them whole."""
     replacement = final.with_name(final.name + REPLACEMENT)
-    os.replace(temporary, replacement if final.exists() else final)
+    os.replace(temporary, replacement if os.path.lexists(final) else final)
     sync(final.parent)
     if replacement.exists():
         _finish_replacing(replacement)
@@ -263,8 +274,16 @@ def _finish_replacing(replacement: Path) -> None:
 
 
 def checkpoint_folders(checkpoints: Path) -> list[Path]:
-    """Whole or not, newest first; a replacement comes before what it replaces."""
-    return sorted(checkpoints.glob("step_*"), key=lambda path: path.name, reverse=True)
+    """Whole or not, newest first; a replacement comes before what it replaces.
+
+    Raises:
+        OSError: the folder is there and cannot be read.
+    """
+    try:
+        names = os.listdir(checkpoints)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return [checkpoints / name for name in sorted(names, reverse=True) if name.startswith("step_")]
 
 
 def remove_temporary(checkpoints: Path) -> None:

@@ -4,7 +4,7 @@ import argparse
 import difflib
 from typing import NoReturn
 
-from trainer.paths import REPOSITORY
+from trainer.paths import REPOSITORY, local_path
 
 
 class Parser(argparse.ArgumentParser):
@@ -23,6 +23,22 @@ def _not_empty(text: str) -> str:
     if not text:
         raise argparse.ArgumentTypeError("is empty")
     return text
+
+
+def read_paths(arguments: argparse.Namespace, *names: str) -> None:
+    """Put local paths in the place of what these flags were given.
+
+    Args:
+        arguments: of a parser; changed.
+        names: the flags without dashes. What is None stays.
+
+    Raises:
+        ValueError: naming the flag.
+    """
+    for name in names:
+        value = getattr(arguments, name)
+        if value is not None:
+            setattr(arguments, name, local_path(value, f"--{name}"))
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -55,4 +71,6 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dry_run", action="store_true", help="print parameters, memory and traffic, and stop")
     parser.add_argument("--list", action="store_true", help="print the shipped experiments, and stop")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
-    return parser.parse_args(arguments)
+    chosen = parser.parse_args(arguments)
+    read_paths(chosen, "ds_config", "output_dir", "resume")
+    return chosen

@@ -15,6 +15,7 @@ from modeling.config import ModelConfig
 from trainer.controls import apply_control
 from trainer.data.config import DataConfig
 from trainer.faults import FaultsConfig
+from trainer.paths import local_path
 from trainer.published import merge, published_experiment, published_ids
 from trainer.text import parse_yaml, read_yaml, shown
 from trainer.typed import build, nearest
@@ -266,6 +267,7 @@ def load_experiment(name: str = "quickstart", overrides: list[str] | None = None
     Raises:
         ValueError: unknown experiment, file that is not YAML, unknown key, wrong type or value.
     """
+    name = local_path(name, "--experiment")
     values, chosen = _read_experiment(name), {}
     for override in overrides or []:
         key, separator, text = override.partition("=")
@@ -277,6 +279,8 @@ def load_experiment(name: str = "quickstart", overrides: list[str] | None = None
             f"--set control={shown(chosen['control'])}: {name} is its control {values['control']} already; start from the "
             f"experiment that it was made of"
         )
+    for layer in (values, chosen):
+        _read_paths(layer)
     if name not in experiment_names():
         _check_paths(name, values, chosen)
     return experiment_from_dict(overlay(values, chosen))
@@ -292,6 +296,14 @@ def overlay(below: dict, above: dict) -> dict:
     return merge(below, above)
 
 
+def _read_paths(values: dict) -> None:
+    """Put local paths in the place of what the data's keys hold, where that is a text."""
+    data = values.get("data")
+    for key in PATHS:
+        if isinstance(data, dict) and isinstance(data.get(key), str):
+            data[key] = local_path(data[key], f"data.{key} =")
+
+
 def _check_paths(name: str, values: dict, chosen: dict) -> None:
     """What a file names must lie below its folder or below the current one: it may come from someone else. Only the
     command line reaches everywhere."""
@@ -300,7 +312,7 @@ def _check_paths(name: str, values: dict, chosen: dict) -> None:
         path = data.get(key) if isinstance(data, dict) else None
         if not isinstance(path, str) or (isinstance(replaced, dict) and key in replaced):
             continue
-        here = os.path.realpath(os.path.expanduser(path))
+        here = os.path.realpath(path)
         if key == "tokenizer_from" and not os.path.exists(here):
             continue  # the id of a data set on the hub
         if not any(Path(here).is_relative_to(os.path.realpath(folder)) for folder in (Path(name).parent, Path.cwd())):

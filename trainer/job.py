@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,9 @@ from trainer.lock import FolderLock
 from trainer.plan import Deployment, Sharding, most_replicas
 from trainer.precision import Precision, choose_precision
 from trainer.resume import Found, find_checkpoint
-from trainer.runfolder import earlier_start
+from trainer.runfolder import check_nothing_lost, earlier_start
 from trainer.settings import Settings
+from trainer.storage import StorageError, is_failing
 
 
 @dataclass
@@ -66,8 +68,16 @@ class Job:
 
     @property
     def continues(self) -> bool:
-        """Whether it goes on in the folder of its checkpoint."""
-        return self.checkpoint is not None and self.output_dir.resolve() in self.checkpoint.resolve().parents
+        """Whether it resumes in the folder of its checkpoint, which may lie anywhere, behind a link."""
+        return self.checkpoint is not None and self.checkpoint.parent == self.output_dir / "checkpoints"
+
+    @property
+    def origin(self) -> Path | None:
+        """The folder of checkpoints that a run comes from which has none of its own yet."""
+        if self.checkpoint is None or self.continues:
+            return None
+        is_name = re.fullmatch(r"step_\d+", self.checkpoint.name)  # else a link, such as `best`, to one among others
+        return (self.checkpoint if is_name else self.checkpoint.resolve()).parent
 
     @property
     def deployment(self) -> Deployment:
@@ -116,20 +126,37 @@ def decide(arguments: argparse.Namespace, settings: Settings) -> Job:
     lock = FolderLock.existing(output_dir) if launch.rank == 0 else None
     try:
         found = find_checkpoint(arguments.resume, output_dir, lambda folder, saved: check_resumable(folder, saved, state))
+        if found is None and arguments.resume == "auto":
+            check_nothing_lost(output_dir, experiment)
+        if found is not None and arguments.resume != "auto":
+            found = in_place(found, output_dir, arguments.resume)
     except OSError as error:
         where = output_dir if arguments.resume == "auto" else f"{output_dir} --resume {arguments.resume}"
-        raise ValueError(f"--output_dir {where}: cannot be read ({error.strerror}); choose another") from None
-    if found is not None and arguments.resume != "auto":
-        own = find_checkpoint("auto", output_dir)
-        if own is not None and own.folder.resolve() != found.folder.resolve():
-            raise ValueError(
-                f"--resume {arguments.resume}: {output_dir} holds a run at {own.folder.name}; continue that with --resume "
-                f"auto, or give another --output_dir to go on from {found.folder}"
-            )
+        problem = f"--output_dir {where}: cannot be read ({error.strerror})"
+        if is_failing(error):
+            raise StorageError(f"{problem}; give the same command again when it can") from None
+        raise ValueError(f"{problem}; choose another") from None
     starts_anew = arguments.resume == "never"
     began = None if starts_anew else began_in(found, output_dir, experiment)
     precision = choose_precision(state.precision, arguments.ds_config, began, model, launch.local_rank)
     return Job(experiment, launch, layout, ds_config, precision, output_dir, state, found, starts_anew, lock)
+
+
+def in_place(named: Found, output_dir: Path, resume: str) -> Found:
+    """The checkpoint that `--resume` names: the run's own one by its own name where it is that.
+
+    Raises:
+        ValueError: the run has another.
+    """
+    own = find_checkpoint("auto", output_dir)
+    if own is None:
+        return named
+    if own.folder.resolve() != named.folder.resolve():
+        raise ValueError(
+            f"--resume {resume}: {output_dir} holds a run at {own.folder.name}; continue that with --resume auto, or give "
+            f"another --output_dir to go on from {named.folder}"
+        )
+    return own
 
 
 def began_in(found: Found | None, output_dir: Path, experiment: Experiment) -> str | None:

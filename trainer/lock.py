@@ -1,4 +1,5 @@
-"""One live run a folder: rank 0 holds a lock on a file in it.
+"""One live run a folder, whatever it is called: rank 0 holds a lock on a file in it, and where its checkpoints lie behind a
+link, on one there too.
 
 The system frees it when the process ends, however it ends. The file stays, with the owner's name in it until the owner
 ends well: a name without a process tells of a run that failed.
@@ -12,6 +13,7 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
+from trainer.paths import make_folder
 from trainer.storage import StorageError
 
 NAME = ".lock"
@@ -33,6 +35,17 @@ def is_gone(owner: str) -> bool:
     return False
 
 
+def linked_checkpoints(folder: Path) -> Path | None:
+    """Where a run's checkpoints lie, if that is behind a link: another run's folder, if it is that run's; else theirs."""
+    link = folder / "checkpoints"
+    if not link.is_symlink() or not link.is_dir():
+        return None
+    place = link.resolve()
+    if place.name == link.name and (place.parent / NAME).exists():
+        place = place.parent
+    return None if place.samefile(folder) else place
+
+
 class FolderLock:
     """The lock on a run's folder, held until `release` or until nobody refers to it any more.
 
@@ -49,8 +62,10 @@ class FolderLock:
     def __init__(self, folder: Path, create: bool):
         flags = os.O_RDWR | (os.O_CREAT if create else 0)
         self._file = open(os.open(folder / NAME, flags, 0o644), "r+b", buffering=0)
+        self._folder, self._linked = folder, None
         try:
             self._take(folder)
+            self._take_linked(create)
         except BaseException:
             self._file.close()
             raise
@@ -68,19 +83,44 @@ class FolderLock:
             return None  # no folder, no run in it yet, or one that cannot be written, which is refused when it must be
 
     def sign(self) -> None:
-        """Say who we are, to those who come later."""
+        """Say who we are, to those who come later.
+
+        Raises:
+            ValueError: another live run writes to the same linked checkpoints.
+            OSError: these cannot be written.
+        """
+        self._take_linked(create=True)
+        if self._linked is not None:
+            self._linked.sign()
         since = datetime.now(UTC).isoformat(timespec="seconds")
         job = f" of SLURM job {os.environ['SLURM_JOB_ID']}" if "SLURM_JOB_ID" in os.environ else ""
         self._write(f"host {socket.gethostname()} process {os.getpid()}{job} since {since}")
 
     def release(self) -> None:
         """Let others have the folder, and leave it without a name."""
+        if self._linked is not None:
+            self._linked.release()
         self._write("")
         self._file.close()
 
     def close(self) -> None:
         """Let others have the folder; the name stays in it, if it was not released before."""
+        if self._linked is not None:
+            self._linked.close()
         self._file.close()
+
+    def _take_linked(self, create: bool) -> None:
+        """Lock linked checkpoints: two runs' folders may lead to the same."""
+        if create and (self._folder / "checkpoints").is_symlink():
+            make_folder(self._folder / "checkpoints")
+        place = linked_checkpoints(self._folder)
+        if place is None or self._linked is not None:
+            return
+        try:
+            self._linked = FolderLock(place, create)
+        except FileNotFoundError:
+            if create:
+                raise
 
     def _write(self, text: str) -> None:
         if text != self._read():

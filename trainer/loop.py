@@ -45,8 +45,8 @@ class Trainer:
     """One run in progress.
 
     `state` moves with every step; `log` is None on every rank but 0; `key_group` is a process group of all ranks that nobody
-    else uses; `origin` is the folder of the run that this one was resumed from, where that is another. `stopped_by` says
-    which signal on which rank ends the run, once the ranks know of one.
+    else uses; `origin` has the checkpoints of the run that this one was resumed from, where that is another. `stopped_by`
+    says which signal on which rank ends the run, once the ranks know of one.
     """
 
     experiment: Experiment
@@ -227,7 +227,7 @@ class Trainer:
         self._saver.wait()
         folder = checkpoint_folder(self.output_dir, state.rollback_to)
         if self.origin is not None and not folder.exists():
-            folder = checkpoint_folder(self.origin, state.rollback_to)
+            folder = self.origin / folder.name
         try:
             saved = read_state(folder)
             self.engine.load_core_state(load_checkpoint(folder, saved, self.stores))

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 from modeling.some import KeyStatistics, KeyStore, Routing
 from modeling.some.placement import Placement
+from trainer.paths import make_folder, target_of
 from trainer.runfolder import EXPERTS
 from trainer.storage import StorageError, describe_free, remove, write_text_atomically
 
@@ -153,11 +154,11 @@ class RunLog:
     def __init__(self, output_dir: Path, resumed_step: int, board: "Board | None" = None, evaluates: bool = False):
         self._path, self._experts, self.error = output_dir / "metrics.jsonl", output_dir / EXPERTS, None
         with self._noting_errors():
-            output_dir.mkdir(parents=True, exist_ok=True)
+            make_folder(output_dir)
             if self._path.exists():
                 self._drop_after(resumed_step, evaluates)
             if _is_after(self._experts, resumed_step):
-                remove(self._experts)
+                remove(target_of(self._experts))
             self._file = open(self._path, "a", encoding="utf-8", buffering=1)
         if self.error is not None:
             raise self.error

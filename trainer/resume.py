@@ -1,5 +1,6 @@
 """Which checkpoint a run goes on from: the newest that is whole and belongs to the run."""
 
+import os
 import re
 import time
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from trainer.checkpoint import (
     remove_temporary,
     verify,
 )
+from trainer.storage import is_failing
 
 Fits = Callable[[Path, RunState], None]
 """Raises ValueError for a checkpoint of another run."""
@@ -46,7 +48,7 @@ class Found:
         when no rank looks at checkpoints any more."""
         for folder in self.skipped:
             aside, number = folder.with_name(f"skipped_{folder.name}"), 1
-            while aside.exists():
+            while os.path.lexists(aside):
                 aside, number = folder.with_name(f"skipped_{folder.name}.{number}"), number + 1
             folder.rename(aside)
 
@@ -78,17 +80,25 @@ def checkpoint_at(path: Path, fits: Fits = lambda folder, state: None) -> Found:
 
     Raises:
         NoCheckpoint: no checkpoint, or none that is whole.
+        OSError: storage that fails for now.
         ValueError: none that fits.
     """
     began = time.perf_counter()
-    if _is_checkpoint(path):
+    try:
+        is_checkpoint = _is_checkpoint(path)
+        folders = [] if is_checkpoint else checkpoint_folders(path / "checkpoints") or checkpoint_folders(path)
+    except OSError as error:
+        if is_failing(error):
+            raise
+        raise NoCheckpoint(f"{path}: cannot be read ({error.strerror}); give another") from None
+    if is_checkpoint:
         try:
             state = read_state(path)
         except ValueError as error:
             raise NoCheckpoint(str(error)) from None
         fits(path, state)
         return Found(path, state, time.perf_counter() - began, {})
-    found = _newest_whole(checkpoint_folders(path / "checkpoints") or checkpoint_folders(path), fits)
+    found = _newest_whole(folders, fits)
     if found is None:
         raise NoCheckpoint(f"{path}: holds no checkpoint; give a run's folder or one of its checkpoints/step_* folders")
     return found

@@ -23,6 +23,7 @@ from trainer.command_line import parse_arguments
 from trainer.exit_codes import DONE, FAILED, NOT_FINITE, REFUSED, NumericalFault
 from trainer.launch import Launch
 from trainer.listing import print_experiments
+from trainer.paths import ensure_home
 from trainer.settings import Settings
 from trainer.storage import StorageError
 from trainer.text import error_line
@@ -45,6 +46,8 @@ def main() -> None:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return
         settings = Settings.read(arguments, launch)
+        if not arguments.dry_run:  # which keeps nothing
+            ensure_home(settings.experiment.data.cache_root())
     except ValueError as error:
         end(error, launch, REFUSED)
 

@@ -1,5 +1,6 @@
 """A run's folder: what identifies the run, and moving an old run out of the way."""
 
+import json
 import os
 import platform
 import stat
@@ -15,7 +16,7 @@ from trainer.comparison import differing_keys
 from trainer.config import Experiment, experiment_from_dict
 from trainer.launch import Launch
 from trainer.layout import Layout
-from trainer.paths import REPOSITORY
+from trainer.paths import REPOSITORY, make_folder, target_of
 from trainer.precision import Precision
 from trainer.storage import write_text_atomically
 from trainer.text import kind_of
@@ -30,7 +31,7 @@ MOST_PAIRS = 500
 
 
 def check_writable(output_dir: Path) -> None:
-    """Refuse a run's folder that could not be written, before the data is prepared; makes nothing.
+    """Refuse a run's folder that could not be written, before the data is prepared; makes nothing. Links are followed.
 
     Raises:
         ValueError: naming what is in the way.
@@ -56,21 +57,23 @@ def check_writable(output_dir: Path) -> None:
 def _nearest_existing(path: Path) -> Path:
     """The folder in which the first missing part of `path` would be made; `path` itself where it exists or is wrong."""
     try:
-        path.lstat()
-    except FileNotFoundError:
-        return _nearest_existing(path.parent)
+        path = target_of(path)
     except OSError:
         return path
+    while not os.path.lexists(path):
+        path = path.parent
     return path
 
 
 def set_aside(output_dir: Path) -> Path | None:
-    """Rename an existing run's folder to the next free `<name>.N`; nothing is ever deleted.
+    """Rename an existing run's folder to the next free `<name>.N` and make an empty one in its place; nothing is ever
+    deleted. Where `output_dir` is a link, the folder that it leads to is renamed, and the link leads to the new one.
 
     Raises:
         ValueError: we run inside of it.
+        OSError: it cannot be renamed, such as the root of a file system.
     """
-    output_dir = output_dir.resolve()
+    output_dir = target_of(output_dir)
     if not (output_dir / "config.yaml").exists() and not checkpoint_folders(output_dir / "checkpoints"):
         return None
     if Path.cwd().is_relative_to(output_dir):
@@ -78,10 +81,10 @@ def set_aside(output_dir: Path) -> Path | None:
             f"--output_dir {output_dir}: holds a run that must be moved aside, and is where we run; run elsewhere"
         )
     number = 1
-    while output_dir.with_name(f"{output_dir.name}.{number}").exists():
+    while os.path.lexists(aside := output_dir.with_name(f"{output_dir.name}.{number}")):
         number += 1
-    aside = output_dir.with_name(f"{output_dir.name}.{number}")
     output_dir.rename(aside)
+    output_dir.mkdir()
     return aside
 
 
@@ -91,16 +94,72 @@ def earlier_start(output_dir: Path, experiment: Experiment) -> dict[str, Any] | 
     It is asked where there is no checkpoint: a run that was killed before its first one starts over in place, with equal
     steps.
     """
-    try:
-        values = yaml.safe_load((output_dir / "config.yaml").read_text(encoding="utf-8"))
-        how = values.pop("run")
-        earlier, how = experiment_from_dict(values).to_dict(), dict(how)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError):
-        return None  # none, or not one of ours: it is moved aside
+    earlier, how = _recorded(output_dir)
     config = how.get("ds_config")
-    if differing_keys(earlier, experiment.to_dict()) or not isinstance(config, dict):
+    if earlier is None or differing_keys(earlier, experiment.to_dict()) or not isinstance(config, dict):
         return None
     return config if isinstance(config.get("bf16", {}), dict) else None
+
+
+def check_nothing_lost(output_dir: Path, experiment: Experiment) -> None:
+    """Refuse to start this run at step 0 where its records say that it has checkpoints: their storage may be missing.
+
+    It is asked where no checkpoint was found. Another run's folder is none of ours: it is moved aside.
+
+    Raises:
+        ValueError: naming the folder and the cures.
+        OSError: the records cannot be read.
+    """
+    saved = _last_save(output_dir / "metrics.jsonl")
+    earlier, _ = _recorded(output_dir)
+    if saved is None or (earlier is not None and differing_keys(earlier, experiment.to_dict())):
+        return
+    folder, cure = output_dir / "checkpoints", "mount or restore it"
+    if not os.path.lexists(folder):
+        place = "is missing"
+    elif not folder.exists():
+        place = f"is a link to {os.readlink(folder)}, which is not there"
+    else:
+        place = "holds none"
+    said = f"records a checkpoint at step {saved['step']}"
+    if saved["event"] == "resume":
+        said, cure = f"records that the run began at step {saved['step']}", f"give --resume {saved.get('path')} again"
+    raise ValueError(
+        f"--output_dir {output_dir}: its metrics.jsonl {said}, but {folder} {place}; {cure}, start over with --resume "
+        f"never, which moves the run aside, or give another --output_dir"
+    )
+
+
+def _last_save(metrics: Path) -> dict[str, Any] | None:
+    """The record of the last checkpoint that a run wrote or resumed from, None where there is none."""
+    found = None
+    if not metrics.is_file():
+        return None
+    with open(metrics, encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            if '"checkpoint"' not in line and '"resume"' not in line:
+                continue
+            try:
+                record = json.loads(line)
+                is_save = record["event"] in ("checkpoint", "resume") and isinstance(record["step"], int)
+            except (ValueError, TypeError, KeyError, RecursionError):
+                continue  # cut short by a crash, or damaged
+            if is_save and (record["event"] == "checkpoint" or found is None):
+                found = record
+    return found
+
+
+def _recorded(output_dir: Path) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+    """The experiment in a run's config.yaml and how it was run; None and nothing where there is none of ours."""
+    path = output_dir / "config.yaml"
+    try:
+        if not path.is_file():  # reading a pipe would wait for its writer
+            return None, {}
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        how = values.pop("run")
+        return experiment_from_dict(values).to_dict(), dict(how)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError):
+        return None, {}
 
 
 def write_config(
@@ -133,7 +192,7 @@ def write_config(
         "validation_sha256": dataset.validation_hash,
         "tokenizer_sha256": dataset.tokenizer_hash,
     }
-    output_dir.mkdir(parents=True, exist_ok=True)
+    make_folder(output_dir)
     text = yaml.safe_dump({**experiment.to_dict(), "run": how}, sort_keys=False)
     write_text_atomically(output_dir / "config.yaml", text)
 

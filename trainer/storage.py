@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from trainer.paths import target_of
+
 if TYPE_CHECKING:
     import torch
 
@@ -68,9 +70,18 @@ def safetensors_parts(tensors: "dict[str, torch.Tensor]") -> list[bytes | memory
 
 
 def write_text_atomically(path: Path, text: str) -> None:
-    """Readers see the old text or the new one, also after a power cut."""
+    """Readers see the old text or the new one, also after a power cut. A link stays, and what it leads to gets the text."""
+    replace_file(target_of(path), [text.encode()])
+
+
+def replace_file(path: Path, parts: Iterable[bytes | memoryview]) -> None:
+    """Put a whole new file in the place of `path`, also where that is a link.
+
+    Raises:
+        OSError: it cannot be written; what was there stays.
+    """
     temporary = path.with_name(f".tmp-{path.name}")
-    write_file(temporary, [text.encode()])
+    write_file(temporary, parts)
     os.replace(temporary, path)
     sync(path.parent)
 
@@ -85,8 +96,8 @@ def sync(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a whole folder, if it is there."""
-    if path.is_dir():
+    """Remove a file or a whole folder, if it is there; of a link the link alone."""
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)

@@ -30,6 +30,7 @@ from trainer.lock import FolderLock
 from trainer.loop import Trainer
 from trainer.metrics import RunLog
 from trainer.numerics import set_numerics
+from trainer.paths import make_folder
 from trainer.plan import check_memory, describe
 from trainer.precision import Precision
 from trainer.runfolder import check_writable, earlier_start, set_aside, write_config
@@ -127,13 +128,12 @@ def prepare_folder_and_data(job: Job) -> Path:
     experiment = job.experiment
     data_folder = prepare_data(experiment.data, model.vocab_size, model.max_seq_len, experiment.seed, job.complete)
     try:
-        job.output_dir.mkdir(parents=True, exist_ok=True)
+        make_folder(job.output_dir)
         job.lock = job.lock or FolderLock(job.output_dir, create=True)
         again = not job.starts_anew and earlier_start(job.output_dir, experiment) == job.ds_config
         aside = None if job.continues or again else set_aside(job.output_dir)
         if aside is not None:
             job.lock.release()
-            job.output_dir.mkdir()
             job.lock = FolderLock(job.output_dir, create=True)
         job.lock.sign()
         data = open_data(data_folder)
@@ -190,7 +190,7 @@ def prepare_trainer(job: Job, data_folder: Path, device: torch.device) -> Traine
         log=log,
         console=console,
         key_group=key_store_group(experiment.parallel.timeout_minutes),
-        origin=None if job.checkpoint is None or job.continues else job.checkpoint.parent.parent,
+        origin=job.origin,
     )
 
 

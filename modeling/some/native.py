@@ -41,7 +41,10 @@ def load_library(source: str, *flags: str) -> ctypes.CDLL:
     if compiler is None:
         raise Unavailable(f"there is no C++ compiler {name}; install g++ (Debian, Ubuntu: apt install g++) or set CXX")
     command = [compiler, *FLAGS, *flags, str(SOURCES / source)]
-    folder = Path(os.environ.get("SOME_CACHE_DIR") or "~/.cache/some").expanduser() / "kernels"
+    try:
+        folder = Path(os.environ.get("SOME_CACHE_DIR") or "~/.cache/some").expanduser() / "kernels"
+    except RuntimeError:
+        raise Unavailable("no home folder is known to keep it in; set SOME_CACHE_DIR") from None
     texts = [path.read_bytes() for path in (SOURCES / source, *sorted(SOURCES.glob("*.h")))]
     digest = hashlib.sha256(b"\n".join([*(word.encode() for word in command[:-1]), *texts])).hexdigest()[:16]
     library = folder / f"{Path(source).stem}-{digest}.so"

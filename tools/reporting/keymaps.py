@@ -31,7 +31,11 @@ def key_maps(folder: Path, with_umap: bool = False) -> dict[str, Any] | None:
         `steps` (S), and a layer each `usage` (S x E), `near` (S x E x 3, the experts of the most similar keys), and
         `projections` by name: `x` and `y` (S x E). One projection holds for all steps of a layer, so that positions compare.
     """
-    stores = [found for path in reversed(checkpoint_folders(folder / "checkpoints")) if (found := _read(path))]
+    try:
+        folders = checkpoint_folders(folder / "checkpoints")
+    except OSError:
+        return None  # as where there is none that can be read
+    stores = [found for path in reversed(folders) if (found := _read(path))]
     stores = spread_out([s for s in stores if _shapes(s[1]) == _shapes(stores[-1][1])], MOST_CHECKPOINTS)
     if not stores:
         return None

@@ -1,8 +1,9 @@
 """Settings of the data: where the text comes from, how much of it is used, where prepared data is cached."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
+
+from trainer.paths import cache_root
 
 SOURCE_NAMES = ("stories", "tinystories", "text")
 TOKENIZERS = ("bytes", "words")
@@ -119,4 +120,4 @@ class DataConfig:
 
     def cache_root(self) -> Path:
         """The cache folder in force (not created here)."""
-        return Path(self.cache_dir or os.environ.get("SOME_CACHE_DIR") or "~/.cache/some").expanduser()
+        return cache_root(self.cache_dir)
