@@ -144,6 +144,27 @@ BAD = {
         sets("data.cache_dir=tiny.yaml"), ["data.cache_dir='tiny.yaml' cannot be used", "to a writable folder"]
     ),
     "cache read-only": Bad(sets("data.cache_dir=readonly/c"), ["data.cache_dir='readonly/c' cannot be used", "Permission"]),
+    "output bucket": Bad(
+        ["--output_dir", "s3://bucket/run"],
+        ["--output_dir s3://bucket/run: is an address (s3), not a local path; mount that storage"],
+    ),
+    "output one slash": Bad(["--output_dir=hdfs:/user/run"], ["--output_dir hdfs:/user/run: is an address (hdfs)"]),
+    "output file address": Bad(
+        ["--output_dir", "file:///data/run"],
+        ["file:///data/run: is an address (file)", "write the path alone, /data/run"],
+    ),
+    "resume bucket": Bad(["--resume", "gs://bucket/run"], ["--resume gs://bucket/run: is an address (gs)"]),
+    "ds address": Bad(["--ds_config", "https://x.org/d.json"], ["--ds_config https://x.org/d.json: is an address (https)"]),
+    "experiment address": Bad(["--experiment", "HTTP://x.org/a.yaml"], ["--experiment HTTP://x.org/a.yaml: is an address"]),
+    "cache bucket": Bad(sets("data.cache_dir=s3://b/c"), ["data.cache_dir = s3://b/c: is an address (s3)"]),
+    "data bucket": Bad(sets("data.path=gs://b/c"), ["data.path = gs://b/c: is an address (gs)"]),
+    "tokenizer address": Bad(sets("data.tokenizer_from=hf://a/b"), ["data.tokenizer_from = hf://a/b: is an address (hf)"]),
+    "cache variable": Bad([], ["SOME_CACHE_DIR = s3://b/c: is an address (s3)"], {"SOME_CACHE_DIR": "s3://b/c"}),
+    "output of nobody": Bad(
+        ["--output_dir=~nobody_at_all/x"], ["--output_dir ~nobody_at_all/x: there is no user nobody_at_all; write the whole"]
+    ),
+    "data of nobody": Bad(sets("data.path=~nobody_at_all/x"), ["data.path = ~nobody_at_all/x: there is no user"]),
+    "experiment of nobody": Bad(["--experiment", "~nobody_at_all/x.yaml"], ["--experiment ~nobody_at_all/x.yaml: there is"]),
     "RANK alone": Bad([], ["environment: WORLD_SIZE, LOCAL_RANK not set; start with"], {"RANK": "0"}),
     "WORLD_SIZE alone": Bad([], ["environment: RANK, LOCAL_RANK not set; start with"], {"WORLD_SIZE": "2"}),
     "RANK text": Bad([], ["environment: RANK = 'zero' is no number"], {**RANKS, "RANK": "zero"}),

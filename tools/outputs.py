@@ -86,12 +86,11 @@ def make_output_folder(path: Path, flag: str) -> None:
 
 
 def is_stream(path: Path) -> bool:
-    """Whether what is written there goes to a reader, a pipe or a device, and nothing can lie beside it.
-
-    Raises:
-        OSError: it cannot be looked at.
-    """
-    mode = _mode(path)
+    """Whether what is written there goes to a reader, a pipe or a device, and nothing can lie beside it."""
+    try:
+        mode = _mode(path)
+    except OSError:
+        return False  # whoever writes there says so
     return _descriptor(path) is not None or (mode is not None and not stat.S_ISREG(mode) and not stat.S_ISDIR(mode))
 
 

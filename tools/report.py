@@ -119,7 +119,8 @@ def _check(output: Path, settings: Settings) -> None:
     for flag, value in (("--watts", settings.watts), ("--price", settings.price)):
         if value is not None and not (math.isfinite(value) and value >= 0):
             raise ValueError(f"{flag} {value}: must be a number of 0 or more")
-    if output.name in (CSV, MARKDOWN):
+    tables = [os.path.realpath(output.with_name(name)) for name in (CSV, MARKDOWN)]
+    if output.name in (CSV, MARKDOWN) or os.path.realpath(output) in tables:
         raise ValueError(f"--output {output}: is a table's place beside the page; choose another name")
     if output.is_dir():
         raise ValueError(f"--output {output}: is a folder; name a file in it, such as {output / 'report.html'}")

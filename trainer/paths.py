@@ -92,7 +92,10 @@ def make_folder(path: Path) -> None:
     Raises:
         OSError: it cannot be made.
     """
-    target_of(path).mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        target_of(path).mkdir(parents=True, exist_ok=True)
 
 
 def _home_of(user: str) -> str | None:

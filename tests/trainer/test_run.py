@@ -231,6 +231,8 @@ def test_a_run_that_died_before_its_first_checkpoint_starts_over_in_place(finish
     output_dir, arguments, _ = finished
     copy = tmp_path / "run"
     shutil.copytree(output_dir, copy, ignore=shutil.ignore_patterns("checkpoints"))
+    lines = (copy / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (copy / "metrics.jsonl").write_text("".join(line for line in lines if '"checkpoint"' not in line))
     for more, folders in (([], ["run"]), (["--set", "seed=1"], ["run", "run.1"])):
         with pytest.raises(pytest.fail.Exception, match="a process group formed"):
             call(monkeypatch, *arguments, "--output_dir", str(copy), *more)
