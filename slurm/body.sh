@@ -46,7 +46,12 @@ for ((i = 1; i <= $#; i++)); do
 done
 
 # No shell expands --output_dir=~/x, the trainer does.
-case $run in "~" | "~/"*) run=${HOME:?}${run#"~"} ;; esac
+if [[ $run == "~"* ]]; then
+	user=${run%%/*} user_home=${HOME-}
+	user=${user#"~"}
+	[[ -z $user ]] || user_home=$(getent passwd "$user" | cut -d: -f6) || true
+	[[ -z $user_home ]] || run=$user_home${run#"~$user"}
+fi
 
 [[ -n ${SLURM_JOB_ID:-} ]] || refuse "not inside a SLURM job; submit the script with sbatch"
 

@@ -43,6 +43,15 @@ def test_killed_runs_come_to_the_same_end(killed):
     assert "| all | 3 | 3 | 3 |" in printed
 
 
+def test_runs_with_checkpoints_behind_a_link_come_to_the_same_end(tmp_path, cache_dir):
+    settings = ["--set", "train.steps=6", "--set", f"data.cache_dir={cache_dir}", "--linked"]
+    result = chaos("--kills", "2", "--only", "in a save, inside", *settings, "--folder", str(tmp_path / "runs"),
+                   "--json", str(tmp_path / "figures.json"))  # fmt: skip
+    assert result.returncode == 0 and "| all | 2 | 2 | 2 |" in result.stdout, result.stdout + result.stderr
+    assert json.loads((tmp_path / "figures.json").read_text())["linked"]
+    assert not list((tmp_path / "runs").glob("run_*_checkpoints")), "removed with the run"
+
+
 def test_another_end_is_noticed(killed, tmp_path):
     unbroken = read_run(killed[0])
     copy = tmp_path / "run"

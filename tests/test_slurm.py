@@ -1,6 +1,7 @@
 """The SLURM launchers without SLURM: what they tell srun and scontrol. `tests/cluster/` has real jobs on a cluster."""
 
 import os
+import pwd
 import re
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ from tests.cluster.jobs import B3, SERIES, SWEEP, job_environment, write_program
 from tests.launch import REPOSITORY, SCRIPT
 from tools import grid
 from trainer.config import load_experiment
+from trainer.paths import local_path
 
 SLURM = REPOSITORY / "slurm"
 LAUNCHERS = {"a4_64experts.sh": 1, "b1_128experts.sh": 1, "b2_256experts.sh": 2, "b3_512experts.sh": 2}
@@ -248,6 +250,14 @@ def test_the_body_looks_for_checkpoints_where_the_trainer_writes_them(fake, argu
     result = fake.launch(*arguments, SOME_EXPERIMENT=experiment, **saved)
     assert fake.arguments[-2:] == ["--output_dir", run]
     assert "ended with exit code 1 at checkpoint step_00000005; it starts again" in result.stdout
+
+
+@pytest.mark.parametrize("text", ["~/x", f"~{pwd.getpwuid(os.getuid()).pw_name}/x", "~nobody_at_all/x"])
+def test_a_tilde_means_the_same_folder_to_the_body_and_the_trainer(fake, text):
+    """That of an unknown user is left for the trainer to refuse."""
+    fake.launch(f"--output_dir={text}", HOME="/home/of/mine")
+    expected = local_path(text, "--output_dir") if "nobody" not in text else text
+    assert fake.arguments[-2:] == ["--output_dir", "/home/of/mine/x" if text == "~/x" else expected]
 
 
 def test_each_task_of_the_series_is_one_experiment(fake):

@@ -5,6 +5,7 @@ import os
 import platform
 import stat
 import subprocess
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,6 +43,7 @@ def check_writable(output_dir: Path) -> None:
         try:
             mode = path.stat().st_mode
         except FileNotFoundError:
+            _check_can_be_made(output_dir, path, is_right)
             continue
         except OSError as error:
             raise ValueError(
@@ -52,6 +54,19 @@ def check_writable(output_dir: Path) -> None:
             raise ValueError(f"--output_dir {output_dir}: cannot be used ({path} is {what}); choose another")
         if not os.access(path, os.W_OK):
             raise ValueError(f"--output_dir {output_dir}: cannot be written (no permission for {path}); choose another")
+
+
+def _check_can_be_made(output_dir: Path, path: Path, is_right: Callable[[int], bool]) -> None:
+    """Refuse a link to something that is not there and cannot be made."""
+    if not path.is_symlink():
+        return
+    target = target_of(path)
+    place = target.parent if is_right is stat.S_ISREG else _nearest_existing(target)
+    if not (place.is_dir() and os.access(place, os.W_OK)):
+        raise ValueError(
+            f"--output_dir {output_dir}: cannot be used ({path} is a link to {os.readlink(path)}, which is not there and "
+            f"cannot be made); mount or restore it, or choose another"
+        )
 
 
 def _nearest_existing(path: Path) -> Path:
@@ -74,7 +89,8 @@ def set_aside(output_dir: Path) -> Path | None:
         OSError: it cannot be renamed, such as the root of a file system.
     """
     output_dir = target_of(output_dir)
-    if not (output_dir / "config.yaml").exists() and not checkpoint_folders(output_dir / "checkpoints"):
+    is_run = any(os.path.lexists(output_dir / name) for name in ("config.yaml", "metrics.jsonl"))
+    if not is_run and not checkpoint_folders(output_dir / "checkpoints"):
         return None
     if Path.cwd().is_relative_to(output_dir):
         raise ValueError(
@@ -110,11 +126,19 @@ def check_nothing_lost(output_dir: Path, experiment: Experiment) -> None:
         ValueError: naming the folder and the cures.
         OSError: the records cannot be read.
     """
-    saved = _last_save(output_dir / "metrics.jsonl")
-    earlier, _ = _recorded(output_dir)
-    if saved is None or (earlier is not None and differing_keys(earlier, experiment.to_dict())):
+    metrics, folder = output_dir / "metrics.jsonl", output_dir / "checkpoints"
+    saved, (earlier, _) = _last_save(metrics), _recorded(output_dir)
+    cure, others = (
+        "mount or restore it",
+        "start over with --resume never, which moves the run aside, or give another --output_dir",
+    )
+    if earlier is not None and differing_keys(earlier, experiment.to_dict()):
         return
-    folder, cure = output_dir / "checkpoints", "mount or restore it"
+    if earlier is not None and metrics.is_symlink() and not metrics.exists():
+        link = f"its records are behind a link to {os.readlink(metrics)}, which is not there"
+        raise ValueError(f"--output_dir {output_dir}: {link}, and it has no checkpoint; {cure}, {others}")
+    if saved is None:
+        return
     if not os.path.lexists(folder):
         place = "is missing"
     elif not folder.exists():
@@ -124,10 +148,7 @@ def check_nothing_lost(output_dir: Path, experiment: Experiment) -> None:
     said = f"records a checkpoint at step {saved['step']}"
     if saved["event"] == "resume":
         said, cure = f"records that the run began at step {saved['step']}", f"give --resume {saved.get('path')} again"
-    raise ValueError(
-        f"--output_dir {output_dir}: its metrics.jsonl {said}, but {folder} {place}; {cure}, start over with --resume "
-        f"never, which moves the run aside, or give another --output_dir"
-    )
+    raise ValueError(f"--output_dir {output_dir}: its metrics.jsonl {said}, but {folder} {place}; {cure}, {others}")
 
 
 def _last_save(metrics: Path) -> dict[str, Any] | None:

@@ -200,6 +200,7 @@ def open_log(output_dir: Path, experiment: Experiment, state: RunState) -> RunLo
     if experiment.log.tensorboard:
         from trainer.board import Board  # half a second, which a run without it need not wait
 
+        make_folder(output_dir / "tensorboard")
         board = Board(output_dir / "tensorboard", experiment, state.total_steps, state.step)
     return RunLog(output_dir, state.step, board, state.evaluation_due)
 

@@ -133,19 +133,18 @@ def test_a_linked_folder_is_prepared_behind_its_link(case, box):
     """Moved aside and made anew is what the link leads to, again and again."""
     (box / "r").rename(box / "far")
     (box / "r").symlink_to("far")
-    settings, count = ["--resume", "never"], 2
+    settings = ["--resume", "never"] if case.endswith("never") else []
     if case == "killed before its first checkpoint":
         forget_checkpoints(box / "far")
         settings = sets("train.learning_rate=0.5")
     if case.startswith("nothing"):
         (box / "far").rename(box / "other")
-        settings, count = settings if "never" in case else [], 0 if "never" not in case else 1
     (box / "far.1").symlink_to("nowhere")  # a name that is taken, though nothing is there
-    for _ in range(count or 2):
-        assert start(box, "--output_dir", "r", *settings).code == MET
+    for more in ([], sets("seed=7")):
+        assert start(box, "--output_dir", "r", *settings, *more).code == MET
         assert os.readlink(box / "r") == "far" and (box / "far/config.yaml").is_file()
-        settings = settings if "--resume" in settings else [*settings, *sets("seed=7")]
-    assert sum(path.is_dir() for path in box.glob("far.*")) == (count if count == 2 else 0)
+    # Of those that were there, also the one that the first of these two left.
+    assert sum(path.is_dir() for path in box.glob("far.*")) == (1 if case.startswith("nothing") else 2)
     assert os.readlink(box / "far.1") == "nowhere"
 
 
@@ -213,6 +212,27 @@ def test_what_never_had_checkpoints_starts_over(box):
     assert '"checkpoint"' in before
 
 
+def test_records_behind_a_link_to_nothing_are_no_new_run(box):
+    shutil.rmtree(box / "r/checkpoints")
+    (box / "r/metrics.jsonl").unlink()
+    (box / "r/metrics.jsonl").symlink_to("../gone/m")
+    says = [
+        "--output_dir r: its records are behind a link to ../gone/m, which is not there",
+        "mount or restore",
+        "--resume never",
+    ]
+    check_refused(Bad([*flags(box), "--output_dir", "r"], says), box)
+
+
+def test_links_that_can_lead_nowhere_are_refused_before_anything_is_made(box):
+    (box / "new").mkdir()
+    for name in ("metrics.jsonl", "checkpoints"):
+        (box / "new" / name).symlink_to("/proc/nowhere/x")
+        says = [f"new/{name} is a link to /proc/nowhere/x, which is not there and cannot be made", "mount or restore it"]
+        check_refused(Bad([*flags(box), "--output_dir", "new"], says), box)
+        (box / "new" / name).unlink()
+
+
 def test_a_branch_that_lost_its_way_is_told_where_it_began(box):
     """Killed before its first checkpoint, the same command resumes; without --resume it would start at step 0."""
     shutil.copytree(box / "r", box / "branch")
@@ -252,7 +272,9 @@ def test_two_names_of_one_folder_are_one_lock(box):
 def test_metrics_and_config_behind_links_are_written_there(box):
     for name in ("config.yaml", "metrics.jsonl", "experts.json"):
         move(box / "r" / name, f"../far/{name}")
-    (box / "tensorboard").mkdir()
-    succeed(*flags(box), "--output_dir", "r")
+    (box / "r/tensorboard").symlink_to("../far/board")
+    (box / "cache").symlink_to("far/cache")  # neither is there yet
+    succeed(*flags(box), "--output_dir", "r", *sets("log.tensorboard=true", "data.cache_dir=cache"))
+    assert list((box / "far/board").glob("events*")) and list((box / "far/cache").glob("data-*"))
     assert all((box / "r" / name).is_symlink() for name in ("config.yaml", "metrics.jsonl", "experts.json"))
     assert len(losses(box / "far")) == 4 and json.loads((box / "far/experts.json").read_text())["step"] == 4

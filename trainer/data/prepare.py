@@ -24,6 +24,7 @@ from trainer.data.sequences import ARRAYS, RowLayout, Sequences, write_rows, wri
 from trainer.data.sources import load_documents, tokenizer_texts
 from trainer.data.tokenizer import check_vocab_size, load_tokenizer, pad_id, tokenizer_hash, train_tokenizer
 from trainer.data.words import MAX_WORD_BYTES, count_long_words
+from trainer.paths import make_folder
 from trainer.storage import StorageError, describe_free, is_failing, remove
 
 FORMAT = 3  # part of every key: raise it when what is cached changes its meaning
@@ -108,7 +109,7 @@ def prepare_data(
         if problem is None:
             accept(open_data(folder))
         else:
-            root.mkdir(parents=True, exist_ok=True)
+            make_folder(root)
             if folder.exists():
                 say(f"data: rebuilding cache entry {folder}: {problem}")
             texts = {"train": documents.train, "validation": documents.validation}
