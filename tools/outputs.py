@@ -82,7 +82,7 @@ def make_output_folder(path: Path, flag: str) -> None:
     try:
         make_folder(path)
     except OSError as error:
-        raise ValueError(f"{flag} {path}: cannot be made ({error.strerror}); choose another") from None
+        raise ValueError(f"{flag} {path}: cannot be written ({error.strerror}); choose another") from None
 
 
 def is_stream(path: Path) -> bool:

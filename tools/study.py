@@ -97,13 +97,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--ds_config", default=str(REPOSITORY / "ds_configs" / "zero2.json"), metavar="FILE")
     parser.add_argument("--output_dir", default="runs/study", metavar="DIR")
     parser.add_argument("--collect", action="store_true", help="run nothing; write the tables of what is there")
-    return parser.parse_args(arguments)
+    chosen = parser.parse_args(arguments)
+    read_paths(chosen, "study", "output_dir")
+    chosen.ds_config = local_path(chosen.ds_config, "--ds_config")
+    return chosen
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Check everything, run what is missing, write `results.json` and `results.md` in the output folder; the exit code."""
-    read_paths(arguments, "study", "output_dir")
-    arguments.ds_config = local_path(arguments.ds_config, "--ds_config")
     study = Study.read(arguments.study)
     if arguments.seeds < 1 or arguments.jobs < 1:
         raise ValueError(f"--seeds {arguments.seeds} and --jobs {arguments.jobs} must be at least 1")
