@@ -21,7 +21,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-import yaml
 
 from modeling import build_model
 from modeling.config import ModelConfig, SoMEConfig
@@ -48,6 +47,7 @@ from trainer.layout import Layout
 from trainer.memory import FreedMemory
 from trainer.metrics import accumulate_statistics
 from trainer.numerics import set_numerics
+from trainer.plain_yaml import dump_yaml
 from trainer.plan import GIB, Sharding, parts
 from trainer.precision import Precision, choose_precision
 from trainer.usage import Usage
@@ -117,7 +117,7 @@ def calibrate(experiment: Experiment, ds_config: str, base: Machine, path: Path)
         cluster = Cluster(machine, launch.world_size // launch.local_world_size, launch.local_world_size, sharding)
         planned = evaluate(experiment, cluster, Usage(measured.usage_LE, is_measured=True), layout, "contiguous", 0)
         if launch.rank == 0:
-            write_output(path, yaml.safe_dump(dataclasses.asdict(machine), sort_keys=False), "--calibrate")
+            write_output(path, dump_yaml(dataclasses.asdict(machine)), "--calibrate")
         console.say(compare(planned, measured))
         console.say(f"machine: {path}")
     finally:

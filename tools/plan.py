@@ -27,6 +27,7 @@ from trainer.ds_config import load_ds_config, precision_of, set_precision
 from trainer.launch import Launch
 from trainer.layout import Layout
 from trainer.paths import local_path
+from trainer.plain_yaml import parse_float
 from trainer.plan import GIB, Sharding, parts
 from trainer.precision import AUTO
 from trainer.text import error_line
@@ -167,7 +168,7 @@ def with_bandwidths(machine: Machine, overrides: list[str]) -> Machine:
         if link not in LINKS:
             raise ValueError(f"--bandwidth {override}: write it as in_node=GB/S or between_nodes=GB/S")
         try:
-            machine = replace(machine, **{f"{link}_gb_s": float(text)})
+            machine = replace(machine, **{f"{link}_gb_s": parse_float(text) or 0.0})
         except ValueError:
             raise ValueError(f"--bandwidth {override}: must be a number greater than 0, in 1e9 bytes/s") from None
     return machine

@@ -21,6 +21,8 @@ import psutil
 
 from trainer.config import Experiment, experiment_from_dict
 from trainer.exit_codes import REQUEUE
+from trainer.plain_yaml import as_written
+from trainer.runfolder import MAX_CONFIG_BYTES
 from trainer.text import read_yaml, shown
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -32,8 +34,6 @@ MARKS = ("config.yaml", "metrics.jsonl")
 """By either of these a run's folder is known."""
 FAILED = "failed.txt"
 """In a run's folder: why it failed when it was last started; absent where it did not."""
-MAX_CONFIG_BYTES = 2**24
-"""Of a run's config.yaml: earlier versions named every unused data file in it, which may be thousands."""
 _COUNTS = ("world_size", "ep_size", "micro_batch", "accumulation")
 _TEXTS = ("git_commit", "device", "python", "torch", "deepspeed", "precision", "validation_sha256", "tokenizer_sha256")
 
@@ -226,6 +226,8 @@ def _check_types(values: dict[str, Any], what: str) -> None:
         if type(values.get(key, 1)) is not int or not 0 < values.get(key, 1) < 2**53:
             raise ValueError(f"{what}.{key} = {shown(values[key])} is not a number of 1 or more")
     for key in _TEXTS:
+        if key in values:
+            values[key] = as_written(values[key])
         if not isinstance(values.get(key), str | None):
             raise ValueError(f"{what}.{key} = {shown(values[key])} is no text")
 

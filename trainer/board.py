@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import yaml
 from google.protobuf import text_format
 from tensorboard.plugins.projector import ProjectorConfig
 from torch.utils.tensorboard import SummaryWriter
@@ -22,6 +21,7 @@ from torch.utils.tensorboard.summary import hparams
 from modeling.some import KeyStore
 from trainer.comparison import differing_keys
 from trainer.config import Experiment
+from trainer.plain_yaml import dump_yaml
 from trainer.text import visible
 
 MOST_STEPS, MOST_EVALUATIONS, MOST_HISTOGRAMS = 5000, 1000, 50
@@ -73,7 +73,7 @@ class Board:
         self._writer = SummaryWriter(str(folder), purge_step=resumed_step + 1 if resumed_step else 0)
         settings = experiment.to_dict()
         # Indented, every line is code to Markdown, so nothing in a setting is read as a tag or a link.
-        lines = visible(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), keep="\n").splitlines()
+        lines = visible(dump_yaml(settings, allow_unicode=True), keep="\n").splitlines()
         self._writer.add_text("config", "\n".join(f"    {line}" for line in lines), 0)
         # What may change a curve; None is how TensorBoard shows a key that it does not have.
         compared = {key: value for key, (_, value) in differing_keys({}, settings).items()}

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trainer.plain_yaml import type_name
 from trainer.plan import GIB, Sent
 from trainer.precision import BF16, FP32, MIN_SPEEDUP
 from trainer.text import read_yaml
@@ -137,9 +138,7 @@ def _machine(values: dict[str, Any], name: str) -> Machine:
             raise ValueError(f"--machine {name}: {key} is missing; see tools/machines.yaml")
         kinds, expected = KINDS[hint]
         if not isinstance(values[key], kinds) or isinstance(values[key], bool):
-            raise ValueError(
-                f"--machine {name}: {key} = {values[key]!r} is {type(values[key]).__name__}; expected {expected}"
-            )
+            raise ValueError(f"--machine {name}: {key} = {values[key]!r} is {type_name(values[key])}; expected {expected}")
     for key in SHARES:
         for rows, share in values[key].items():
             if not isinstance(rows, int) or not isinstance(share, int | float):

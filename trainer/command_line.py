@@ -5,6 +5,7 @@ import difflib
 from typing import NoReturn
 
 from trainer.paths import REPOSITORY, local_path
+from trainer.plain_yaml import parse_int
 
 
 class Parser(argparse.ArgumentParser):
@@ -41,6 +42,14 @@ def read_paths(arguments: argparse.Namespace, *names: str) -> None:
             setattr(arguments, name, local_path(value, f"--{name}"))
 
 
+def whole_number(text: str) -> int:
+    """As the settings read it; Python itself would take 1_000, too."""
+    number = parse_int(text)
+    if number is None:
+        raise argparse.ArgumentTypeError(f"invalid int value: {text!r}")
+    return number
+
+
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The flags; everything else is a key of the experiment, changed with --set.
 
@@ -67,7 +76,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar="auto|never|DIR",
         help="auto: continue the run in output_dir; never: start anew and move an old run aside",
     )
-    parser.add_argument("--max_steps", type=int, metavar="N", help="stop early; the schedule stays the experiment's")
+    parser.add_argument(
+        "--max_steps", type=whole_number, metavar="N", help="stop early; the schedule stays the experiment's"
+    )
     parser.add_argument("--dry_run", action="store_true", help="print parameters, memory and traffic, and stop")
     parser.add_argument("--list", action="store_true", help="print the shipped experiments, and stop")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it

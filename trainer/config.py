@@ -16,8 +16,9 @@ from trainer.controls import apply_control
 from trainer.data.config import DataConfig
 from trainer.faults import FaultsConfig
 from trainer.paths import local_path
+from trainer.plain_yaml import Malformed, parse_yaml
 from trainer.published import merge, published_experiment, published_ids
-from trainer.text import parse_yaml, read_yaml, shown
+from trainer.text import read_yaml, shown
 from trainer.typed import build, nearest
 
 EXPERIMENTS_DIR = Path(__file__).parent / "experiments"
@@ -371,8 +372,8 @@ def _read_file(path: Path, above: tuple[str, ...] = ()) -> dict:
 def _parse_scalar(key: str, text: str) -> Any:
     try:
         return parse_yaml(text)
-    except ValueError as error:
-        raise ValueError(f"--set {key}={text}: the value is not valid YAML ({error}); quote it") from None
+    except Malformed as error:
+        raise ValueError(f"--set {key}={text}: the value is not valid YAML ({error}); {error.cure or 'quote it'}") from None
 
 
 def _set_path(values: dict, path: str, value: Any) -> None:

@@ -19,6 +19,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 
+from trainer.plain_yaml import parse_float, parse_int
+
 FILE_STAGES = ("core.safetensors", "optimizer.safetensors", "keys.safetensors", "state.json", "manifest")
 STAGES = ("begin", *FILE_STAGES, "rename", "pointer", "clean")
 """Of a save, in order."""
@@ -72,15 +74,14 @@ def parse(kind: str, text: str) -> Fault:
     for name in _NEEDED.get(kind, ("step",)):
         if name not in values:
             raise ValueError(f"{said}: {name} is missing; write it as {' '.join(f'{word}=...' for word in known)}")
-    numbers = {"step": (int, 1), "rank": (int, 0), "count": (int, 1), "seconds": (float, 0)}
+    numbers = {"step": (parse_int, 1), "rank": (parse_int, 0), "count": (parse_int, 1), "seconds": (parse_float, 0)}
     parsed = {}
     for name, value in values.items():
         if name in numbers:
-            kind_of_number, least = numbers[name]
-            try:
-                parsed[name] = kind_of_number(value)
-            except ValueError:
-                raise ValueError(f"{said}: {name}={value} is not a number; give one from {least}") from None
+            parse_number, least = numbers[name]
+            parsed[name] = parse_number(value)
+            if parsed[name] is None:
+                raise ValueError(f"{said}: {name}={value} is not a number; give one from {least}")
             # Written so that it refuses what is not a number, too.
             if not least <= parsed[name] < float("inf"):
                 raise ValueError(f"{said}: {name}={value} is out of range; give a number from {least}")

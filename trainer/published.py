@@ -11,7 +11,7 @@ import functools
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
+from trainer.text import read_yaml
 
 TABLE_DIR = Path(__file__).parent / "experiments" / "published"
 TINYSTORIES = "roneneldan/TinyStories"
@@ -155,4 +155,4 @@ def _epoch_result(run_id: str, epoch: int, figures: list[float | None]) -> Epoch
 
 
 def _read(name: str) -> dict:
-    return yaml.safe_load((TABLE_DIR / name).read_text(encoding="utf-8"))
+    return read_yaml(TABLE_DIR / name, str(TABLE_DIR / name))

@@ -10,23 +10,24 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from trainer.checkpoint import checkpoint_folders
 from trainer.comparison import differing_keys
 from trainer.config import Experiment, experiment_from_dict
 from trainer.launch import Launch
 from trainer.layout import Layout
 from trainer.paths import REPOSITORY, make_folder, target_of
+from trainer.plain_yaml import dump_yaml
 from trainer.precision import Precision
 from trainer.storage import write_text_atomically
-from trainer.text import kind_of
+from trainer.text import kind_of, read_yaml
 
 if TYPE_CHECKING:
     from trainer.data import Dataset
 
 EXPERTS = "experts.json"
 """In a run's folder: what its experts serve, by `trainer/served.py`, at the newest evaluation."""
+MAX_CONFIG_BYTES = 2**24
+"""Of a run's config.yaml: earlier versions named every unused data file in it, which may be thousands."""
 MOST_PAIRS = 500
 """How many pairs of experts a layer names there."""
 
@@ -176,10 +177,10 @@ def _recorded(output_dir: Path) -> tuple[dict[str, Any] | None, dict[str, Any]]:
     try:
         if not path.is_file():  # reading a pipe would wait for its writer
             return None, {}
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = read_yaml(path, "config.yaml", MAX_CONFIG_BYTES)
         how = values.pop("run")
         return experiment_from_dict(values).to_dict(), dict(how)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None, {}
 
 
@@ -214,7 +215,7 @@ def write_config(
         "tokenizer_sha256": dataset.tokenizer_hash,
     }
     make_folder(output_dir)
-    text = yaml.safe_dump({**experiment.to_dict(), "run": how}, sort_keys=False)
+    text = dump_yaml({**experiment.to_dict(), "run": how})
     write_text_atomically(output_dir / "config.yaml", text)
 
 

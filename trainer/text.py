@@ -10,13 +10,12 @@ import stat
 from pathlib import Path
 from typing import Any
 
-import yaml
 from tokenizers import Tokenizer
+
+from trainer.plain_yaml import Malformed, has_half, parse_yaml
 
 MOST_BYTES = 2**20
 """Largest settings file that is read; shipped ones have a few thousand bytes, and those of runs not many more."""
-MOST_BRACKETS = 50
-"""Deepest brackets in YAML, whose parser takes time in proportion to the square of them."""
 LONGEST_LINE = 1500
 """Most characters of an error line; beyond, its middle is left out."""
 
@@ -68,8 +67,8 @@ def read_yaml(path: Path, what: str, max_bytes: int = MOST_BYTES) -> dict[str, A
     """
     try:
         values = parse_yaml(_read(path, what, max_bytes))
-    except _Malformed as error:
-        raise ValueError(f"{what}: is not valid YAML ({error}); mend the file") from None
+    except Malformed as error:
+        raise ValueError(f"{what}: is not valid YAML ({error}); {error.cure or 'mend the file'}") from None
     return _mapping(values, what)
 
 
@@ -87,51 +86,13 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     return _mapping(values, what)
 
 
-class _Malformed(ValueError):
-    """Text that is not YAML; says where and why."""
-
-
-def parse_yaml(text: str) -> Any:
-    """The plain data that a YAML text holds.
-
-    Raises:
-        ValueError: not YAML, a tag that asks for more than plain data, or a key that stands twice.
-    """
-    try:
-        return _PlainLoader(text).get_single_data()
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise _Malformed(f"line {line}: {error.problem or error.context}") from None
-    except Exception as error:  # the library lets through what its constructors of dates, numbers and booleans raise
-        raise _Malformed(" ".join(str(error).split()) or type(error).__name__) from None
-
-
-class _PlainLoader(yaml.SafeLoader):
-    """The library's safe loader, which would take the last of several values for a key and drop the others."""
-
-    def fetch_flow_collection_start(self, token: type) -> None:
-        """An opening bracket."""
-        if self.flow_level >= MOST_BRACKETS:
-            raise yaml.scanner.ScannerError(None, None, f"more than {MOST_BRACKETS} open brackets", self.get_mark())
-        super().fetch_flow_collection_start(token)
-
-    def construct_mapping(self, node: yaml.Node, deep: bool = False) -> dict:
-        """The mapping of `node`, once it is known to have no key twice."""
-        pairs = node.value if isinstance(node, yaml.MappingNode) else []
-        seen: set[str] = set()
-        for key, _ in pairs:
-            if isinstance(key, yaml.ScalarNode):
-                if key.value in seen:
-                    raise yaml.constructor.ConstructorError(None, None, f"{key.value} stands twice", key.start_mark)
-                seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for key, value in pairs:
         if key in values:
             raise ValueError(f"{key} stands twice")
+        if has_half(key) or isinstance(value, str) and has_half(value):
+            raise ValueError(f"{shown(key)}: {shown(value)} holds half a surrogate pair")
         values[key] = value
     return values
 
@@ -149,7 +110,7 @@ def _read(path: Path, what: str, max_bytes: int = MOST_BYTES) -> str:
     if len(data) > max_bytes:
         raise ValueError(f"{what}: has over {max_bytes:,} bytes, more than settings need; give another file")
     try:
-        return data.decode("utf-8")
+        return data.decode("utf-8-sig")  # some editors begin a text with a mark of its encoding
     except UnicodeDecodeError as error:
         byte = f"byte {error.start} (0x{data[error.start]:02x})"
         raise ValueError(f"{what}: is not text in UTF-8 ({byte}); convert it, for example with iconv") from None

@@ -8,6 +8,7 @@ import typing
 from typing import Any
 
 from modeling.key_rules import RULE_PRESETS, KeyRules
+from trainer.plain_yaml import as_written, has_half, parse_float, type_name
 from trainer.text import shown
 
 
@@ -31,7 +32,7 @@ def build(cls: type, values: Any, prefix: str) -> Any:
 
 
 def _convert(hint: Any, value: Any, key: str) -> Any:
-    """`value` as the annotated type; YAML reads 6e-4 as text and 1 as int where a float is meant, which are accepted."""
+    """`value` as the annotated type; a whole number is one where a float is meant, also in quotes."""
     if dataclasses.is_dataclass(hint):
         return build(hint, value, f"{key}.")
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
@@ -44,19 +45,42 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
         if option is bool and isinstance(value, bool):
             return value
         if option is int and isinstance(value, int) and not isinstance(value, bool):
-            return value
+            return int(value)
         if option is float and isinstance(value, int | float | str) and not isinstance(value, bool):
-            try:
-                number = float(value)
-            except ValueError:
+            number = parse_float(value) if isinstance(value, str) else float(value)
+            if number is None:
                 continue
             if not math.isfinite(number):
                 raise ValueError(f"{key} = {number} must be a finite number")
             return number
-        if option is str and isinstance(value, str):
-            return value
+        if option is str and isinstance(as_written(value), str):
+            return _whole(as_written(value), key)
     names = " or ".join("null" if o is type(None) else o.__name__ for o in options)
-    raise ValueError(f"{key} = {shown(value)} is {type(value).__name__}; expected {names}")
+    cure = _cure(value, options)
+    raise ValueError(f"{key} = {shown(value)} is {type_name(value)}; expected {names}{cure}")
+
+
+def _cure(value: Any, options: tuple) -> str:
+    """How to write what was probably meant; empty where that cannot be told."""
+    if bool in options and isinstance(value, str):
+        return ", which is written true or false"
+    if str in options and int not in options and isinstance(value, int | float):
+        return "; put it in quotes"
+    if int in options and isinstance(value, float) and value.is_integer():
+        return f"; write {int(value)}"
+    digits = value.replace("_", "") if isinstance(value, str) else ""
+    if (int in options or float in options) and digits != value and parse_float(digits) is not None:
+        return f"; write {digits}"
+    return ""
+
+
+def _whole(text: str, key: str) -> str:
+    """A text that can be written and tokenised."""
+    if has_half(text):
+        raise ValueError(
+            f"{key} = {shown(text)} holds half a surrogate pair; write the character itself, or both halves of its escape"
+        )
+    return text
 
 
 def nearest(word: str, known: list[str]) -> str:

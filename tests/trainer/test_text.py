@@ -1,12 +1,10 @@
-"""What is shown of texts from outside, and how settings files are read."""
+"""What is shown of texts from outside."""
 
 import os
 import sys
 
-import pytest
-
 from trainer.console import Console, say
-from trainer.text import LONGEST_LINE, error_line, parse_yaml, shown, visible
+from trainer.text import LONGEST_LINE, error_line, shown, visible
 
 HOSTILE = "a\x1b]0;title\x07b\r\x9b2J\u202ec\u2066d\x00\x7f"
 SAFE = r"a\x1b]0;title\x07b\r\x9b2J\u202ec\u2066d\x00\x7f"
@@ -46,24 +44,3 @@ def test_values_are_shown_in_short():
     assert len(shown(shared)) < 10_000
     assert shown("a" * 1000).startswith("'aaa") and len(shown("a" * 1000)) < 130
     assert shown(3) == "3" and shown("short") == "'short'"
-
-
-@pytest.mark.parametrize(
-    ("text", "says"),
-    [
-        ("a: 1\nb: 2\na: 3", "line 3: a stands twice"),
-        ("x: {a: 1, a: 2}", "line 1: a stands twice"),
-        ("!!python/name:os.system", "line 1: could not determine a constructor"),
-        ("!!timestamp x", "."),
-        ("!!bool x", "x"),
-        ("[" * 51, "more than 50 open brackets"),
-        ("\x00", "unacceptable character"),
-    ],
-)
-def test_what_is_no_plain_yaml_is_refused(text, says):
-    with pytest.raises(ValueError, match=says):
-        parse_yaml(text)
-
-
-def test_merged_keys_may_be_replaced():
-    assert parse_yaml("base: &b {x: 1, y: 2}\nz: {<<: *b, y: 3}")["z"] == {"x": 1, "y": 3}
