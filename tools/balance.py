@@ -29,6 +29,7 @@ from tools.checkpoints import find_data
 from tools.runs import EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED, stop_on_signals
 from trainer.checkpoint import KEYS
 from trainer.config import experiment_from_dict
+from trainer.console import all_printed, guard_streams
 from trainer.paths import local_path
 from trainer.plan import GIB, expert_bytes
 from trainer.resume import checkpoint_at
@@ -39,6 +40,7 @@ RANKS = (2, 4, 8)
 
 def main() -> None:
     """The command line."""
+    guard_streams()
     parser = argparse.ArgumentParser(prog="tools/balance.py", description="Load of ranks under each placement of experts.")
     parser.add_argument("checkpoint", metavar="RUN_DIR|CHECKPOINT", help="a run's folder, or one checkpoint of it")
     parser.add_argument("--ranks", type=int, nargs="+", metavar="P", help="ranks that share a pool (default: 2 4 8)")
@@ -65,6 +67,8 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(EXIT_STOPPED)
     print(json.dumps(figures, indent=1) if arguments.json else table(figures))
+    if not all_printed():
+        sys.exit(EXIT_FAILED)
 
 
 def measure(

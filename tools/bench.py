@@ -28,6 +28,7 @@ from tools.bench_table import BenchmarkFailed, Table, machine
 from tools.bench_training import bench_memory, bench_startup, bench_step
 from tools.outputs import check_writable, read_paths, write_output
 from tools.runs import EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED, stop_on_signals
+from trainer.console import guard_streams
 from trainer.precision import AUTO, best_precision
 from trainer.text import error_line
 
@@ -66,6 +67,7 @@ BENCHMARKS = {
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
+    guard_streams()
     try:
         with stop_on_signals():
             run(parse_arguments(arguments))

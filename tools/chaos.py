@@ -33,6 +33,7 @@ from tools.outputs import check_writable, read_paths, write_output
 from tools.runs import EXIT_FAILED, EXIT_REFUSED, Run, read_run
 from trainer.checkpoint import MANIFEST, TENSORS, checkpoint_folders
 from trainer.config import load_experiment
+from trainer.console import guard_streams
 from trainer.ds_config import load_ds_config
 from trainer.exit_codes import DONE
 from trainer.launch import Launch
@@ -254,6 +255,7 @@ def figures(arguments: argparse.Namespace, chaos: Chaos, runs: int) -> dict[str,
 
 def main() -> int:
     """The command line."""
+    guard_streams()
     parser = argparse.ArgumentParser(prog="tools/chaos.py", description="Train under faults and compare with no faults.")
     parser.add_argument("--experiment", default="quickstart", help="what to train (default: quickstart, made tiny)")
     parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="change one key")

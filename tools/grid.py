@@ -19,10 +19,11 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
     sys.path[0] = str(REPOSITORY)
 
-from tools.runs import EXIT_REFUSED
+from tools.runs import EXIT_FAILED, EXIT_REFUSED
 from trainer.config import load_experiment
+from trainer.console import all_printed, guard_streams
 from trainer.paths import local_path
-from trainer.text import error_line
+from trainer.text import error_line, visible
 
 
 @dataclass(frozen=True)
@@ -50,20 +51,27 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[argparse.Namesp
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
+    guard_streams()
     words = sys.argv[1:] if arguments is None else arguments
     chosen, others = parse_arguments(words)
     try:
         runs = plan(chosen)
         if chosen.task:
             task = array_task(os.environ, len(runs), chosen.part)
-            print(*trainer_arguments(chosen, runs[task], others), sep="\0", end="\0")
+            # For a program, which wants a folder's very name and not what the terminal's encoding can show of it.
+            words = [os.fsencode(word) + b"\0" for word in trainer_arguments(chosen, runs[task], others)]
+            sys.stdout.buffer.write(b"".join(words))
+            if not all_printed():
+                sys.exit(EXIT_FAILED)
             return
     except ValueError as error:
         print(error_line(error), file=sys.stderr, flush=True)
         sys.exit(EXIT_REFUSED)
     for number, run in enumerate(runs):
-        print(f"{number:4}  {run.folder}")
-    print(f"{len(runs)} runs: sbatch --array=0-{len(runs) - 1} slurm/sweep.sh {shlex.join(words)}")
+        print(visible(f"{number:4}  {run.folder}"))
+    print(visible(f"{len(runs)} runs: sbatch --array=0-{len(runs) - 1} slurm/sweep.sh {shlex.join(words)}"))
+    if not all_printed():
+        sys.exit(EXIT_FAILED)
 
 
 def plan(chosen: argparse.Namespace) -> list[GridRun]:

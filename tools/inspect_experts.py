@@ -28,8 +28,9 @@ from tools.expert_page import page
 from tools.expert_tables import headline, tables
 from tools.expert_traces import disabled, tokenise, trace
 from tools.outputs import check_writable, read_paths, write_output
-from tools.runs import EXIT_REFUSED
+from tools.runs import EXIT_FAILED, EXIT_REFUSED
 from trainer.config import Experiment, experiment_from_dict
+from trainer.console import all_printed, guard_streams
 from trainer.data import Dataset, Sequences, open_data
 from trainer.data.files import checked_text
 from trainer.memory import host_bytes
@@ -45,6 +46,7 @@ ROWS = 200
 
 def main() -> None:
     """The command line."""
+    guard_streams()
     parser = argparse.ArgumentParser(prog="tools/inspect_experts.py", description="What experts do with a text.")
     parser.add_argument("checkpoint", metavar="RUN_DIR|CHECKPOINT", help="a run's folder, or a checkpoint of it")
     source = parser.add_mutually_exclusive_group(required=True)
@@ -59,7 +61,6 @@ def main() -> None:
     parser.add_argument("--html", metavar="FILE", help="write a page")
     parser.add_argument("--data_path", metavar="PATH", help="where the run's data lies now (data.path)")
     arguments = parser.parse_args()
-    sys.stdout.reconfigure(errors="backslashreplace")
     try:
         arguments.checkpoint = Path(local_path(arguments.checkpoint, "RUN_DIR|CHECKPOINT"))
         read_paths(arguments, "file", "json", "html")
@@ -76,6 +77,8 @@ def main() -> None:
         print(error_line(error), file=sys.stderr)
         sys.exit(EXIT_REFUSED)
     show(shown, Console())
+    if not all_printed():
+        sys.exit(EXIT_FAILED)
 
 
 def check_flags(arguments: argparse.Namespace) -> None:

@@ -17,13 +17,15 @@ if __name__ == "__main__":
     sys.path[0] = str(REPOSITORY)
 
 from tools.outputs import check_writable, read_paths, write_output
-from tools.runs import EXIT_REFUSED, Run, read_run
+from tools.runs import EXIT_FAILED, EXIT_REFUSED, Run, read_run
+from trainer.console import all_printed, guard_streams
 from trainer.paths import local_path
 from trainer.text import error_line
 
 
 def main() -> None:
     """The command line."""
+    guard_streams()
     parser = argparse.ArgumentParser(prog="tools/padding.py", description="A run's measures with and without padding.")
     parser.add_argument("run", metavar="RUN_DIR", help="folder of a run with data.count_padding = true")
     parser.add_argument("--json", metavar="FILE", help="also write the figures as JSON")
@@ -39,6 +41,8 @@ def main() -> None:
         print(error_line(error), file=sys.stderr)
         sys.exit(EXIT_REFUSED)
     print(table(figures))
+    if not all_printed():
+        sys.exit(EXIT_FAILED)
 
 
 def measure(folder: Path) -> dict:

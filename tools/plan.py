@@ -23,6 +23,7 @@ from tools.outputs import check_writable, read_paths, write_output
 from tools.runs import EXIT_FAILED, EXIT_REFUSED
 from trainer.cluster import Machine, read_machine
 from trainer.config import Experiment, load_experiment
+from trainer.console import all_printed, guard_streams
 from trainer.ds_config import load_ds_config, precision_of, set_precision
 from trainer.launch import Launch
 from trainer.layout import Layout
@@ -68,6 +69,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
+    guard_streams()
     try:
         code = plan(parse_arguments(arguments))
     except ValueError as error:
@@ -112,7 +114,7 @@ def plan(arguments: argparse.Namespace) -> int:
     print(report(experiment, cluster, standing, options, arguments.usage))
     if arguments.plot:
         print(f"picture: {arguments.plot}")
-    return 0 if options[0].fits else EXIT_FAILED
+    return 0 if options[0].fits and all_printed() else EXIT_FAILED
 
 
 def check_calibrates_alone(arguments: argparse.Namespace) -> None:

@@ -27,6 +27,7 @@ from tools.reporting.keymaps import check_umap
 from tools.reporting.page import page, page_data
 from tools.reporting.table import COLUMNS, Entry, plain_markdown, to_csv, to_markdown
 from tools.runs import EXIT_REFUSED, read_records, read_run, run_folders
+from trainer.console import guard_streams
 from trainer.text import error_line, visible
 
 CSV, MARKDOWN = "results.csv", "report.md"
@@ -52,6 +53,7 @@ class Settings:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
+    guard_streams()
     chosen = parse_arguments(arguments)
     try:
         read_paths(chosen, "runs", "output", "plotly")

@@ -36,6 +36,7 @@ from tools.runs import (
     stop_on_signals,
 )
 from trainer.config import Experiment, experiment_names, load_experiment
+from trainer.console import guard_streams
 from trainer.controls import CONTROLS
 from trainer.ds_config import load_ds_config, read_precision
 from trainer.launch import Launch
@@ -96,6 +97,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
+    guard_streams()
     try:
         code = reproduce(parse_arguments(arguments))
     except ValueError as error:

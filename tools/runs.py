@@ -280,7 +280,7 @@ def start(words: list[str], output: TextIO | None = None, threads: int | None = 
     complaints = _Complaints(output or sys.stderr)
     # A group of its own, so that Ctrl-C reaches us alone and the process ends without a traceback.
     with subprocess.Popen(
-        words, stdout=output, stderr=subprocess.PIPE, text=True, errors="replace", process_group=0, env=environment
+        words, stdout=output, stderr=subprocess.PIPE, encoding="utf-8", errors="replace", process_group=0, env=environment
     ) as process:
         _running.append(process)
         # A thread reads, so that nobody waits for a reader while the process is being stopped.
@@ -323,7 +323,8 @@ class _Complaints:
         """To the end."""
         for line in lines:
             if not self.is_stopping or line.startswith("error: "):
-                print(line, end="", file=self._output, flush=True)
+                with suppress(OSError, ValueError):  # a full disk must not keep the process from being read
+                    print(line, end="", file=self._output, flush=True)
             self._last = line.strip() or self._last
             if line.startswith("error: "):
                 self._refused = line.strip().removeprefix("error: ")

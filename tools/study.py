@@ -26,6 +26,7 @@ from tools.outputs import check_writable, make_output_folder, read_paths, write_
 from tools.results import changed_settings
 from tools.runs import EXIT_FAILED, EXIT_REFUSED, Run, command, read_run, start, stop_all, stop_on_signals
 from trainer.config import load_experiment
+from trainer.console import guard_streams
 from trainer.ds_config import read_precision
 from trainer.paths import local_path
 from trainer.precision import AUTO
@@ -78,6 +79,7 @@ class Study:
 
 def main() -> None:
     """The command line."""
+    guard_streams()
     try:
         code = run(parse_arguments())
     except ValueError as error:

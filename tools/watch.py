@@ -27,6 +27,7 @@ from rich.text import Text
 from tools.runs import EXIT_REFUSED
 from tools.serve import serve
 from tools.snapshots import Snapshot, Watched
+from trainer.console import guard_streams
 from trainer.paths import local_path
 from trainer.text import error_line
 
@@ -42,6 +43,7 @@ BLOCKS, ASCII_BLOCKS = "▁▂▃▄▅▆▇█", "_.-=+*%#"
 
 def main() -> None:
     """The command line."""
+    guard_streams()
     parser = argparse.ArgumentParser(prog="tools/watch.py", description="Live view of the runs below a folder.")
     parser.add_argument("runs", nargs="?", default="runs", metavar="RUNS_DIR", help="default: runs")
     parser.add_argument("--once", action="store_true", help="print one snapshot and end")
@@ -50,7 +52,6 @@ def main() -> None:
         "--serve", type=int, nargs="?", const=8000, metavar="PORT", help="serve the report on 127.0.0.1 (port 8000)"
     )
     arguments = parser.parse_args()
-    sys.stdout.reconfigure(errors="backslashreplace")
     try:
         if not arguments.every > 0:
             raise ValueError(f"--every {arguments.every}: must be more than 0 seconds")
@@ -82,7 +83,7 @@ def watch(watched: Watched, console: Console, every: float, once: bool) -> None:
         console.print(render(watched.snapshots(), console))
         return
     with Live(console=console, screen=True, auto_refresh=False) as live:
-        while True:
+        while console.is_terminal:  # it may go away
             live.update(render(watched.snapshots(), console, console.height - 1), refresh=True)
             time.sleep(every)
 

@@ -171,7 +171,7 @@ def began_in(found: Found | None, output_dir: Path, experiment: Experiment) -> s
 def report_skipped(job: Job) -> None:
     """Say which checkpoints are of no use; rank 0 only."""
     for folder, reason in ({} if job.found is None else job.found.skipped).items():
-        print(f"checkpoint {folder} is skipped: {reason}", flush=True)
+        say(f"checkpoint {folder} is skipped: {reason}")
 
 
 def is_done(job: Job, max_steps: int | None) -> bool:

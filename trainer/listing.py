@@ -1,6 +1,7 @@
 """The shipped experiments as `--list` prints them."""
 
 from trainer.config import experiment_names, load_experiment
+from trainer.console import say
 from trainer.published import published_ids, published_results
 
 
@@ -13,7 +14,7 @@ def print_experiments() -> None:
         shape = f"{model.num_layers} layers, {mixer if model.channel_mixer == 'some' else model.channel_mixer}"
         size = f"{counts.total:>13,} parameters {counts.trainable:>10,} trained"
         line = f"{name:25} {size}   {shape:29} {experiment.data.name:11}"
-        print(f"{line} {describe_published(name)}".rstrip(), flush=True)
+        say(f"{line} {describe_published(name)}".rstrip())
 
 
 def describe_published(name: str) -> str:

@@ -13,6 +13,7 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
+from trainer.console import say
 from trainer.paths import make_folder
 from trainer.storage import StorageError
 
@@ -143,7 +144,7 @@ class FolderLock:
                 deadline = time.monotonic() + (LEASE_SECONDS if elsewhere else 0)
                 if elsewhere:
                     # After a power cut the lock of the dead node stays for a while where files come over the network.
-                    print(f"{folder} belongs to a run ({owner}); waiting up to {LEASE_SECONDS} s for its end", flush=True)
+                    say(f"{folder} belongs to a run ({owner}); waiting up to {LEASE_SECONDS} s for its end")
             if time.monotonic() >= deadline:
                 # A rank 0 that was cut off from its job may outlive it for a while: then starting again later helps.
                 is_our_job = f" of SLURM job {os.environ.get('SLURM_JOB_ID')} " in owner
@@ -159,5 +160,5 @@ class FolderLock:
         except BlockingIOError:
             return False
         except OSError as error:
-            print(f"{folder}: no lock can be held here ({error.strerror}); see that no second run starts in it", flush=True)
+            say(f"{folder}: no lock can be held here ({error.strerror}); see that no second run starts in it")
         return True

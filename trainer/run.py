@@ -20,6 +20,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from trainer.command_line import parse_arguments
+from trainer.console import all_printed, guard_streams
 from trainer.exit_codes import DONE, FAILED, NOT_FINITE, REFUSED, NumericalFault
 from trainer.launch import Launch
 from trainer.listing import print_experiments
@@ -33,17 +34,15 @@ SECONDS_TO_WAIT_FOR_RANK_0 = 60
 
 def main() -> None:
     """The command line; ends with one of `trainer/exit_codes.py`."""
-    # Text that the terminal's encoding lacks must not end a run that only wanted to print it.
-    sys.stdout.reconfigure(errors="backslashreplace")
+    guard_streams()
     launch = Launch(rank=0, world_size=1, local_rank=0, local_world_size=1)
     try:
         launch = Launch.from_environment()
         arguments = parse_arguments()
         if arguments.list:
-            try:
-                print_experiments()
-            except BrokenPipeError:  # a reader such as `head` has enough
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            print_experiments()
+            if not all_printed():
+                sys.exit(FAILED)
             return
         settings = Settings.read(arguments, launch)
         if not arguments.dry_run:  # which keeps nothing

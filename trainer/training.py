@@ -10,7 +10,7 @@ import torch.distributed as dist
 from modeling import build_model
 from trainer.checkpoint import RunState
 from trainer.config import Experiment
-from trainer.console import Console, say
+from trainer.console import Console, all_printed, say
 from trainer.data import check_source, open_data, prepare_data
 from trainer.distributed import (
     broadcast_text,
@@ -23,7 +23,7 @@ from trainer.distributed import (
 )
 from trainer.ds_config import is_bf16
 from trainer.engine import Engine, check_ds_config
-from trainer.exit_codes import DONE, REQUEUE
+from trainer.exit_codes import DONE, FAILED, REQUEUE
 from trainer.generate import generate
 from trainer.job import Job, decide, is_done, report_skipped, train_order
 from trainer.lock import FolderLock
@@ -46,8 +46,8 @@ def run(arguments: argparse.Namespace, settings: Settings) -> int:
     job = decide(arguments, settings)
     if arguments.dry_run:
         if settings.launch.rank == 0:
-            print(describe(job.experiment, job.deployment, job.precision))
-        return DONE
+            say(describe(job.experiment, job.deployment, job.precision))
+        return DONE if all_printed() else FAILED
     try:
         code = carry_out(job, arguments)
         if job.lock is not None:

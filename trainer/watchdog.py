@@ -23,6 +23,7 @@ from typing import Any, Self
 
 import torch.distributed as dist
 
+from trainer.console import say_at_once
 from trainer.exit_codes import FAILED
 
 SECONDS_BETWEEN_POSTS = 5.0
@@ -168,7 +169,7 @@ class Watchdog:
         """The first rank speaks for all."""
         number = self._ask(lambda: self._asking.add(ENDED, 1))
         if number is None or number == 1:
-            os.write(sys.stderr.fileno(), f"{message}\n".encode())
+            say_at_once(message)
         self._leave()
 
     def _leave(self) -> None:
