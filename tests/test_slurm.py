@@ -302,6 +302,13 @@ def test_a_grid_is_listed_with_the_command_that_submits_it(capsys):
     [
         (["a4", "--grid", "seed"], "--grid seed: write it as key=value,value"),
         (["a4", "--grid", "seed=0,,1"], "--grid seed=0,,1: write it as key=value,value"),
+        (["a4", "--grid", "seed=1,01"], "seed=1 and seed=01 are one run; leave one out"),
+        (
+            ["a4", "--grid", "train.learning_rate=1e-3,3e-4,0.001", "--grid", "seed=0"],
+            "train.learning_rate=1e-3,seed=0 and train.learning_rate=0.001,seed=0 are one run",
+        ),
+        (["a4", "--grid", 'data.text_field=a,"a"'], "are one run; leave one out"),
+        (["a4", "--grid", f"sample.prompt={'ü' * 200},b"], "is too long to name a folder; put what all runs share"),
         (["a4", "--grid", "seed=0,0"], "two runs would go to runs/sweep/a4/seed=0"),
         (["a4", "--grid", "seed=0", "--set", "seed=1"], "seed is given twice"),
         (["a4", "--grid", "sede=0,1"], "sede: unknown key; did you mean seed?"),

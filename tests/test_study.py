@@ -16,6 +16,8 @@ from tools import study as tool
 from tools.study import REPOSITORY, Study, paired
 from trainer.config import load_experiment
 
+GROUP = "{{experiment: study, variants: {{a: {{}}}}, groups: [{{title: t, question: q, {}}}]}}"
+SHARED = ["&a0 [x, x, x]", *(f"&a{i + 1} [{', '.join([f'*a{i}'] * 9)}]" for i in range(9))]
 TINY = [
     "model.vocab_size=260", "model.d_model=16", "model.num_heads=2", "model.max_seq_len=32", "model.some.num_experts=4",
     "model.some.d_ffn=16", "model.some.top_k=2", "data.name=stories", "data.train_documents=40", "data.val_documents=8",
@@ -168,11 +170,71 @@ def test_what_cannot_work_is_refused_before_anything_runs(flags, message, tmp_pa
     [
         ("experiment: study", "needs experiment, variants and groups"),
         ("{experiment: study, variants: {a: {}}, groups: [{title: t, question: q, baseline: b, variants: [a]}]}", "'b'"),
+        ("{experiment: study, variants: {4: {}, 8: {}}, groups: []}", "variant 4 is int, not text; put it in quotes"),
+        ("{experiment: study, variants: {1e3: {}}, groups: []}", "variant '1e3' is float, not text; put it in quotes"),
+        ("{experiment: study, variants: {true: {}}, groups: []}", "variant True is bool, not text"),
+        ("{experiment: study, variants: {~: {}}, groups: []}", "variant None is NoneType, not text"),
+        ("{experiment: study, variants: {a b: {}, a_b: {}}, groups: []}", "'a_b' and variant 'a b' would share the folder"),
+        ("{experiment: study, variants: {SoME: {}, some: {}}, groups: []}", "'some' and variant 'SoME' would share"),
+        ("experiment: study\ngroups: []\nvariants: {\u00fc: {}, u\u0308: {}}", "would share the folder"),
+        (
+            "{experiment: study, variants: {results.md: {}}, groups: []}",
+            "and the study's results.md would share",
+        ),
+        *(
+            (
+                f"{{experiment: study, variants: {{{name}: {{}}}}, groups: []}}",
+                "cannot name a folder; give it 1 to 200",
+            )
+            for name in ("..", "a/b", "''", "a" * 300, "\u00fc" * 150, r'"a\0b"', r'"a\nb"', "end.", ".hidden")
+        ),
+        ("{experiment: 4, variants: {a: {}}, groups: []}", "experiment = 4 is not text"),
+        (GROUP.format("baseline: a, variants: [8]"), "group 't' names 8, int, not text; put it in quotes"),
+        (GROUP.format("baseline: a, variants: [aa]"), "group 't' names 'aa', no variant; did you mean a"),
+        (GROUP.format("baseline: a, variants: a"), "variants a list of names"),
+        (GROUP.format("baseline: a"), r"needs .* \(KeyError: 'variants'\)"),
+        ("{experiment: study, variants: {a: {}}, groups: [t]}", "needs experiment, variants and groups"),
+        (
+            "{experiment: study, variants: {a: {name: !!binary aGk=}}, groups: []}",
+            "'a' holds b'hi', bytes; write",
+        ),
+        (
+            f"{{experiment: study, variants: {{a: {{name: [{', '.join(SHARED)}]}}}}, groups: []}}",
+            "'a' has over 10,000",
+        ),
+        ("experiment: study\ngroups: []\nvariants: {a: &a {name: *a}}", "'a' has over 10,000"),
         ("{experiment: study, variants: {a: none}, groups: []}", "variant 'a' = 'none'; write its overrides as keys"),
         ("{experiment: study, variants: [a], groups: []}", "needs experiment, variants and groups"),
     ],
 )
 def test_a_bad_study_is_refused(tmp_path, text, message):
-    (tmp_path / "study.yaml").write_text(text)
+    (tmp_path / "study.yaml").write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=message):
         Study.read(tmp_path / "study.yaml")
+
+
+def test_texts_of_a_variant_reach_its_runs_as_they_are(tmp_path):
+    changes = {"sample.prompt": "\U0001f600 ü", "name": "08", "train.learning_rate": 1e-3}
+    study = {"experiment": "study", "variants": {"a": changes}, "groups": []}
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(study).replace("'08'", "08"))
+    experiment = load_experiment("study", Study.read(tmp_path / "study.yaml").settings("a"))
+    assert (experiment.sample.prompt, experiment.name, experiment.train.learning_rate) == ("\U0001f600 ü", "08", 0.001)
+
+
+def test_a_variant_that_is_refused_is_named_before_anything_runs(tmp_path):
+    (tmp_path / "study.yaml").write_text("{experiment: study, variants: {a: {}, b c: {train.step: 3}}, groups: []}")
+    command = [sys.executable, str(REPOSITORY / "tools" / "study.py"), "--study", "study.yaml"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, os.listdir(tmp_path)) == (2, "", ["study.yaml"])
+    assert done.stderr.startswith("error: variant 'b c': train.step: unknown key; did you mean steps?")
+
+
+def test_results_are_written_and_the_code_kept_where_letters_are_missing(tmp_path):
+    group = {"title": "Übung", "question": "Größer?", "baseline": "übung", "variants": ["übung"]}
+    study = {"experiment": "study", "variants": {"übung": {}}, "groups": [group]}
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
+    command = [sys.executable, str(REPOSITORY / "tools" / "study.py"), "--study", "study.yaml", "--collect"]
+    variables = environment(PYTHONIOENCODING="ascii")
+    done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, check=False)
+    assert done.returncode == 0 and rb"| \xfcbung |" in done.stdout, done.stderr
+    assert "| übung |" in (tmp_path / "runs/study/results.md").read_text(encoding="utf-8")

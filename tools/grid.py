@@ -7,10 +7,12 @@ prints the runs and the command that submits them as a job array. slurm/sweep.sh
 
 import argparse
 import itertools
+import json
 import os
 import re
 import shlex
 import sys
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +25,10 @@ from tools.runs import EXIT_FAILED, EXIT_REFUSED
 from trainer.config import load_experiment
 from trainer.console import all_printed, guard_streams
 from trainer.paths import local_path
-from trainer.text import error_line, visible
+from trainer.text import error_line, shown, visible
+
+MAX_NAME = 255
+"""Bytes that file systems give a name."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +83,7 @@ def plan(chosen: argparse.Namespace) -> list[GridRun]:
     """Every run, the last key changing fastest.
 
     Raises:
-        ValueError: a setting that the trainer would refuse, or runs that would share a folder.
+        ValueError: a setting that the trainer would refuse, a run that is given twice, or runs that would share a folder.
     """
     axes = [parse_axis(text) for text in chosen.grid]
     keys = [axis[0].partition("=")[0] for axis in axes] + [text.partition("=")[0].strip() for text in chosen.set]
@@ -88,11 +93,18 @@ def plan(chosen: argparse.Namespace) -> list[GridRun]:
     parent = Path(local_path(chosen.output_dir, "--output_dir")) / Path(chosen.experiment).stem
     # A value may be a path.
     runs = [GridRun(settings, parent / ",".join(settings).replace("/", "_")) for settings in itertools.product(*axes)]
-    folders = [run.folder for run in runs]
+    folders, found = Counter(run.folder for run in runs), {}
     for run in runs:
-        if folders.count(run.folder) > 1:
+        name = run.folder.name
+        if folders[run.folder] > 1:
             raise ValueError(f"--grid: two runs would go to {run.folder}; give each value once")
-        load_experiment(chosen.experiment, [*chosen.set, *run.settings])
+        if len(os.fsencode(name)) > MAX_NAME:
+            raise ValueError(f"--grid: {shown(name)} is too long to name a folder; put what all runs share into --set")
+        experiment = load_experiment(chosen.experiment, [*chosen.set, *run.settings])
+        # Values may be equal in other spelling, such as 1e-3 and 0.001.
+        twin = found.setdefault(json.dumps(experiment.to_dict()), run)
+        if twin is not run:
+            raise ValueError(f"--grid: {','.join(twin.settings)} and {','.join(run.settings)} are one run; leave one out")
     return runs
 
 

@@ -14,9 +14,11 @@ import os
 import statistics
 import sys
 import threading
+import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
@@ -29,12 +31,20 @@ from trainer.config import load_experiment
 from trainer.console import guard_streams
 from trainer.ds_config import read_precision
 from trainer.paths import local_path
+from trainer.plain_yaml import as_written, is_spelled, type_name
 from trainer.precision import AUTO
 from trainer.runfolder import check_writable as check_folder
 from trainer.text import error_line, read_yaml, shown
+from trainer.typed import nearest
 
 # Two-sided 95 % quantiles of Student's t by degrees of freedom (any statistics textbook).
 T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+
+RESULTS = ("results.json", "results.md")
+MAX_NAME = 200
+"""Bytes of a variant's name."""
+MAX_VALUES = 10_000
+"""Values in a variant's overrides, which aliases of YAML may repeat without end."""
 
 
 @dataclass(frozen=True)
@@ -55,26 +65,83 @@ class Study:
         """
         values = read_yaml(path, f"--study {path}")
         try:
-            study = Study(values["experiment"], dict(values["variants"]), values["groups"])
-            named = [(g["title"], g["question"], name) for g in study.groups for name in [g["baseline"], *g["variants"]]]
+            study = Study(values["experiment"], dict(values["variants"]), list(values["groups"]))
+            named = [(g["title"], g["question"], g["baseline"], g["variants"]) for g in study.groups]
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"--study {path}: needs experiment, variants and groups of title, question, baseline and variants "
                 f"({type(error).__name__}: {error}); see tools/study.yaml"
             ) from None
-        for name, changes in study.variants.items():
-            if not isinstance(changes, dict | None):
-                raise ValueError(
-                    f"--study {path}: variant {name!r} = {shown(changes)}; write its overrides as keys and values"
-                )
-        for title, _, name in named:
-            if name not in study.variants:
-                raise ValueError(f"--study {path}: group {title!r} names {name!r}; add it to variants")
+        try:
+            if not isinstance(study.experiment, str):
+                raise ValueError(f"experiment = {shown(study.experiment)} is not text; put it in quotes")
+            check_folders(study.variants)
+            for name, changes in study.variants.items():
+                check_changes(name, changes)
+            for title, question, baseline, variants in named:
+                if not (isinstance(title, str) and isinstance(question, str) and isinstance(variants, list)):
+                    raise ValueError(f"group {shown(title)}: title and question must be texts, and variants a list of names")
+                for name in [baseline, *variants]:
+                    check_known(f"group {title!r} names", name, study.variants)
+        except ValueError as error:
+            raise ValueError(f"--study {path}: {error}") from None
         return study
 
     def settings(self, variant: str) -> list[str]:
         """The variant as --set overrides."""
-        return [f"{key}={json.dumps(value)}" for key, value in (self.variants[variant] or {}).items()]
+        return [
+            f"{key}={value.text if is_spelled(value) else json.dumps(value)}"
+            for key, value in (self.variants[variant] or {}).items()
+        ]
+
+
+def folder_name(variant: str) -> str:
+    """The folder of a variant's runs, in that of the study."""
+    return variant.replace(" ", "_")
+
+
+def check_folders(variants: dict[Any, Any]) -> None:
+    """Refuse names that no folder can have, and two variants of one folder, on whatever file system.
+
+    Raises:
+        ValueError: naming them.
+    """
+    taken = {name: f"the study's {name}" for name in RESULTS}
+    for variant in variants:
+        if not isinstance(variant, str):
+            raise ValueError(f"variant {shown(as_written(variant))} is {type_name(variant)}, not text; put it in quotes")
+        folder = folder_name(variant)
+        is_name = folder.isprintable() and "/" not in folder and not folder.startswith(".") and not folder.endswith(".")
+        if not folder or not is_name or len(os.fsencode(folder)) > MAX_NAME:
+            raise ValueError(
+                f"variant {shown(variant)} cannot name a folder; give it 1 to {MAX_NAME} bytes that print, without / and "
+                f"with no dot at either end"
+            )
+        place = unicodedata.normalize("NFC", folder).casefold()
+        if place in taken:
+            raise ValueError(f"variant {variant!r} and {taken[place]} would share the folder {folder}; rename one")
+        taken[place] = f"variant {variant!r}"
+
+
+def check_changes(name: str, changes: Any) -> None:
+    """Raises ValueError where a variant's overrides are not keys and plain values of a reasonable size."""
+    if not isinstance(changes, dict | None):
+        raise ValueError(f"variant {name!r} = {shown(changes)}; write its overrides as keys and values")
+    left, count = [changes], 0
+    while left:
+        value, count = left.pop(), count + 1
+        left += [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else []
+        if not isinstance(value, dict | list | str | int | float | None) or count > MAX_VALUES:
+            what = f"has over {MAX_VALUES:,} values" if count > MAX_VALUES else f"holds {shown(value)}, {type_name(value)}"
+            raise ValueError(f"variant {name!r} {what}; write plain texts and numbers")
+
+
+def check_known(where: str, name: Any, variants: dict[str, Any]) -> None:
+    """Raises ValueError where a name is no variant's."""
+    if not isinstance(name, str):
+        raise ValueError(f"{where} {shown(as_written(name))}, {type_name(name)}, not text; put it in quotes")
+    if name not in variants:
+        raise ValueError(f"{where} {name!r}, no variant; {nearest(name, list(variants))}add it, or correct the group")
 
 
 def main() -> None:
@@ -114,11 +181,14 @@ def run(arguments: argparse.Namespace) -> int:
         if name not in study.variants:
             raise ValueError(f"--only {name}: unknown; known: {', '.join(map(repr, study.variants))}")
     for name in study.variants:
-        load_experiment(study.experiment, [*study.settings(name), *arguments.set])
+        try:
+            load_experiment(study.experiment, [*study.settings(name), *arguments.set])
+        except ValueError as error:
+            raise ValueError(f"variant {name!r}: {error}") from None
     read_precision(arguments.ds_config)
     check_folder(arguments.output_dir)
     make_output_folder(arguments.output_dir, "--output_dir")
-    as_json, as_markdown = (arguments.output_dir / f"results.{suffix}" for suffix in ("json", "md"))
+    as_json, as_markdown = (arguments.output_dir / name for name in RESULTS)
     for path in (as_json, as_markdown):
         check_writable(path, "--output_dir")
     failures = [] if arguments.collect else run_missing(study, arguments)
@@ -184,7 +254,7 @@ def _is_stale(folder: Path, study: Study, name: str, seed: int, arguments: argpa
 
 
 def _folder(arguments: argparse.Namespace, variant: str, seed: int) -> Path:
-    return arguments.output_dir / variant.replace(" ", "_").replace("/", "_") / f"seed_{seed}"
+    return arguments.output_dir / folder_name(variant) / f"seed_{seed}"
 
 
 def collect(study: Study, arguments: argparse.Namespace) -> dict:

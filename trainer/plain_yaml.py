@@ -88,9 +88,14 @@ def parse_int(text: str) -> int | None:
     return _to_int(text) if _INT.fullmatch(text) else None
 
 
+def is_spelled(value: Any) -> bool:
+    """Whether it is a number whose spelling was kept."""
+    return isinstance(value, SpelledInt | SpelledFloat)
+
+
 def as_written(value: Any) -> Any:
     """A number whose spelling was kept as that text; everything else as it is."""
-    return value.text if isinstance(value, SpelledInt | SpelledFloat) else value
+    return value.text if is_spelled(value) else value
 
 
 def type_name(value: Any) -> str:
