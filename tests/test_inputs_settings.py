@@ -74,6 +74,8 @@ OVERRIDES = {
     "train.learning_rate=.nan": ["train.learning_rate = nan must be a finite number"],
     "train.weight_decay=.inf": ["train.weight_decay = inf must be a finite number"],
     "sample.temperature=.nan": ["sample.temperature = nan must be a finite number"],
+    "sample.temperature=1e-40": ["sample.temperature = 1e-40 must be at least 1e-30, or 0 for the likeliest token"],
+    f"sample.prompt={'a' * 60_000}": ["sample.prompt has 60,000 characters; write at most 50,000"],
     "train.epochs=1e308": ["train.epochs = 1e+308 must be at most 1,000,000"],
     "parallel.timeout_minutes=1e300": ["parallel.timeout_minutes = 1e+300 must be at most 525,600"],
     "model.d_model=1000000000000": ["model.d_model = 1000000000000", "GiB to draw", "lower it"],

@@ -193,10 +193,14 @@ def run(arguments: argparse.Namespace) -> int:
         check_writable(path, "--output_dir")
     failures = [] if arguments.collect else run_missing(study, arguments)
     results = collect(study, arguments)
-    write_output(as_json, json.dumps(results, indent=1) + "\n", "--output_dir")
     text = tables(study, results)
-    write_output(as_markdown, text, "--output_dir")
     print(text)
+    try:
+        write_output(as_json, json.dumps(results, indent=1) + "\n", "--output_dir")
+        write_output(as_markdown, text, "--output_dir")
+    except ValueError as error:
+        failures.append(f"{error}; --collect writes the tables of what is there")
+        print(error_line(ValueError(failures[-1])), file=sys.stderr)
     return EXIT_FAILED if failures else 0
 
 

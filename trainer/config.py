@@ -26,6 +26,10 @@ RULES_PATH = ("model", "some", "rules")
 PATHS = ("path", "tokenizer_from", "cache_dir")
 """Keys of section `data` that reach into the file system."""
 MOST_EPOCHS = 1_000_000
+MIN_TEMPERATURE = 1e-30
+"""Logits that are divided by less are infinite."""
+MAX_PROMPT = 50_000
+"""Characters: a run's config.yaml, which has ten bytes for some, must stay one that is read."""
 MOST_MINUTES = 525_600  # a year
 
 
@@ -212,6 +216,13 @@ class SampleConfig:
             raise ValueError(
                 f"sample.tokens = {self.tokens} and sample.temperature = {self.temperature} must not be negative"
             )
+        # It is used when training is done, which is no time to find out.
+        if 0 < self.temperature < MIN_TEMPERATURE:
+            raise ValueError(
+                f"sample.temperature = {self.temperature} must be at least {MIN_TEMPERATURE}, or 0 for the likeliest token"
+            )
+        if len(self.prompt) > MAX_PROMPT:
+            raise ValueError(f"sample.prompt has {len(self.prompt):,} characters; write at most {MAX_PROMPT:,}")
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,7 @@ def check_finished(folder: Path) -> None:
 
 
 def test_a_run_outlives_its_reader_and_an_encoding_without_letters(box):
-    with start(box, *training("head"), variables={"PYTHONIOENCODING": "ascii"},
+    with start(box, *training("head", "--set", r'sample.prompt="\ud83d\ude42"'), variables={"PYTHONIOENCODING": "ascii"},
                stdout=subprocess.PIPE, stderr=subprocess.PIPE) as run:  # fmt: skip
         read_until(run.stdout.fileno(), b"starting at step 0\n")
         run.stdout.close()
