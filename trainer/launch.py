@@ -5,6 +5,10 @@ import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+FIRST_STEP_WITHOUT_SRUN = 0xFFFFFFF0
+"""From here on SLURM's step ids mean no step that srun started: the shell of `salloc` (0xfffffffa, with
+LaunchParameters=use_interactive_step), the batch script, processes from outside."""
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -19,7 +23,8 @@ class Launch:
     def from_environment(environment: Mapping[str, str] = os.environ) -> "Launch":
         """Read the variables of deepspeed and torchrun, or of a SLURM step; a plain process is rank 0 of 1.
 
-        The batch shell of a SLURM job carries SLURM_PROCID as well, so only SLURM_STEP_ID tells that srun started us.
+        What the step says counts, not what the job says: a plain process in a shell of `salloc -n 4` is rank 0 of 1. The
+        batch shell of a SLURM job carries SLURM_PROCID as well, so only SLURM_STEP_ID tells that srun started us.
 
         Raises:
             ValueError: half a set of variables.
@@ -27,9 +32,10 @@ class Launch:
         if "RANK" in environment or "WORLD_SIZE" in environment:
             names = {"rank": "RANK", "world_size": "WORLD_SIZE", "local_rank": "LOCAL_RANK"}
             local_world = environment.get("LOCAL_WORLD_SIZE") or environment.get("LOCAL_SIZE")
-        elif "SLURM_STEP_ID" in environment and "SLURM_PROCID" in environment:
-            names = {"rank": "SLURM_PROCID", "world_size": "SLURM_NTASKS", "local_rank": "SLURM_LOCALID"}
-            local_world = _tasks_on_node(environment)
+        elif "SLURM_PROCID" in environment and _is_started_by_srun(environment):
+            total = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environment else "SLURM_NTASKS"
+            names = {"rank": "SLURM_PROCID", "world_size": total, "local_rank": "SLURM_LOCALID"}
+            local_world = _tasks_on_node(environment, environment.get(total))
         else:
             return Launch(rank=0, world_size=1, local_rank=0, local_world_size=1)
         missing = [name for name in names.values() if name not in environment]
@@ -83,10 +89,18 @@ def _first_host(nodes: str) -> str:
         raise ValueError(f"environment: scontrol cannot expand SLURM_STEP_NODELIST = {nodes}; set MASTER_ADDR") from None
 
 
-def _tasks_on_node(environment: Mapping[str, str]) -> str:
-    """This node's entry of a list such as `2(x3),1` (two tasks on each of three nodes, then one)."""
+def _is_started_by_srun(environment: Mapping[str, str]) -> bool:
+    step = environment.get("SLURM_STEP_ID", "")
+    return bool(step) and _number(step, "SLURM_STEP_ID", most=2**32 - 1) < FIRST_STEP_WITHOUT_SRUN
+
+
+def _tasks_on_node(environment: Mapping[str, str], total: str | None) -> str | None:
+    """This node's entry of a list such as `2(x3),1` (two tasks on each of three nodes, then one); without a list, `total`."""
+    tasks = environment.get("SLURM_STEP_TASKS_PER_NODE", total)
+    if tasks is None:
+        return None
     counts: list[str] = []
-    for part in environment.get("SLURM_STEP_TASKS_PER_NODE", environment["SLURM_NTASKS"]).split(","):
+    for part in tasks.split(","):
         count, _, repeat = part.partition("(x")
         counts += [count] * int(repeat.rstrip(")") or 1)
     return counts[min(int(environment.get("SLURM_NODEID", 0)), len(counts) - 1)]

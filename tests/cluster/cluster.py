@@ -67,7 +67,7 @@ class Cluster:
         self._processes = ProcessTable(folder / "pids")
 
     @staticmethod
-    def up(folder: Path, nodes: int = 2, cpus: int = 2, gpus: int = 0) -> "Cluster":
+    def up(folder: Path, nodes: int = 2, cpus: int = 2, gpus: int = 0, launch_parameters: str = "") -> "Cluster":
         """Start a cluster and wait until its nodes are idle.
 
         Args:
@@ -76,6 +76,7 @@ class Cluster:
             nodes: nodes, called node0, node1 and so on.
             cpus: CPUs that a node claims; may be more than the machine has.
             gpus: GPUs that a node claims; each is a /dev/null.
+            launch_parameters: slurm.conf's LaunchParameters.
 
         Raises:
             RuntimeError: this machine cannot have one, one is up in `folder`, or a daemon does not start.
@@ -89,7 +90,7 @@ class Cluster:
         folder.chmod(0o755)
         network = Network.create(folder, nodes)
         (folder / "network.json").write_text(json.dumps(asdict(network)), encoding="utf-8")
-        write_config(folder, network, cpus, gpus)
+        write_config(folder, network, cpus, gpus, launch_parameters)
         cluster = Cluster(folder)
         try:
             cluster._start_daemons()

@@ -30,6 +30,7 @@ TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
 MpiDefault=none
 MailProg=/bin/true
+{launch_parameters}
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 # Nodes may have more CPUs than the machine.
@@ -55,7 +56,7 @@ KILL_WAIT = 15
 """Seconds between SIGTERM and SIGKILL, default 30."""
 
 
-def write_config(folder: Path, network: Network, cpus: int, gpus: int) -> None:
+def write_config(folder: Path, network: Network, cpus: int, gpus: int, launch_parameters: str = "") -> None:
     """slurm.conf and what it needs, into a new cluster's folder."""
     nodes = range(network.nodes)
     for name in ("munge", "state", "log", "pids", "dev", "hosts", *(f"spool/node{node}" for node in nodes)):
@@ -77,6 +78,7 @@ def write_config(folder: Path, network: Network, cpus: int, gpus: int) -> None:
         cred_expire=CRED_EXPIRE,
         slurmd_timeout=SLURMD_TIMEOUT,
         kill_wait=KILL_WAIT,
+        launch_parameters=f"LaunchParameters={launch_parameters}" if launch_parameters else "",
         # Not the ids of a cluster before: a srun that outlived it would end jobs of the same number.
         first_job=int(time.time()) % 60_000 * 1_000 + 1,
     )

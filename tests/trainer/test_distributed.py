@@ -31,6 +31,45 @@ def test_launch_reads_every_launcher(environment, expected):
     assert Launch.from_environment(environment) == expected
 
 
+def step(number: int, tasks: int, per_node: str, rank: int = 0, local: int = 0, node: int = 0, **job: str) -> dict[str, str]:
+    """What a task of a step finds in its environment, and what the job adds."""
+    own = {"SLURM_STEP_ID": number, "SLURM_STEP_NUM_TASKS": tasks, "SLURM_STEP_TASKS_PER_NODE": per_node}
+    own |= {"SLURM_PROCID": rank, "SLURM_LOCALID": local, "SLURM_NODEID": node, "SLURM_JOB_ID": 41977008}
+    return {name: str(value) for name, value in own.items()} | job
+
+
+INTERACTIVE, BATCH = 0xFFFFFFFA, 0xFFFFFFFB
+JOB_OF_4 = {"SLURM_NTASKS": "4", "SLURM_NPROCS": "4", "SLURM_TASKS_PER_NODE": "3,1"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({"SLURM_JOB_ID": "1", "SLURM_NNODES": "2", "SLURM_TASKS_PER_NODE": "1(x2)"}, Launch(0, 1, 0, 1)),  # salloc -N2
+        ({"SLURM_JOB_ID": "1", **JOB_OF_4}, Launch(0, 1, 0, 1)),  # salloc -n4
+        (step(INTERACTIVE, 1, "1", SLURM_TASKS_PER_NODE="1(x2)"), Launch(0, 1, 0, 1)),  # salloc, use_interactive_step
+        (step(INTERACTIVE, 1, "1", **JOB_OF_4), Launch(0, 1, 0, 1)),  # salloc -n4, use_interactive_step
+        (step(INTERACTIVE, 4, "4", **JOB_OF_4), Launch(0, 1, 0, 1)),  # never a rank of several
+        (step(BATCH, 4, "4", **JOB_OF_4), Launch(0, 1, 0, 1)),
+        (step(0, 4, "3,1", rank=3, node=1, **JOB_OF_4), Launch(3, 4, 0, 1)),  # srun in each of these
+        (step(0, 4, "3,1", rank=2, local=2, **JOB_OF_4), Launch(2, 4, 2, 3)),
+        (step(1, 2, "1(x2)", rank=1, node=1), Launch(1, 2, 0, 1)),  # srun in salloc -N2: no SLURM_NTASKS of the job
+        (step(0, 1, "1", SLURM_NTASKS="1", SLURM_PTY_PORT="40005"), Launch(0, 1, 0, 1)),  # srun --pty bash
+        (step(7, 1, "1", **JOB_OF_4), Launch(0, 1, 0, 1)),  # srun -n1 --overlap beside others
+    ],
+)
+def test_the_step_counts_and_not_the_job(environment, expected):
+    """Environments as SLURM 22.05 to 25.05 makes them; tests/cluster/test_interactive.py asks a real one."""
+    assert Launch.from_environment(environment) == expected
+
+
+def test_half_a_step_is_refused():
+    with pytest.raises(ValueError, match="SLURM_NTASKS not set; start with deepspeed, torchrun or srun"):
+        Launch.from_environment({"SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"})
+    with pytest.raises(ValueError, match="SLURM_STEP_ID = 'x' is no number"):
+        Launch.from_environment({"SLURM_STEP_ID": "x", "SLURM_PROCID": "0"})
+
+
 def test_half_an_environment_is_refused():
     with pytest.raises(ValueError, match="WORLD_SIZE, LOCAL_RANK not set; start with deepspeed, torchrun or srun"):
         Launch.from_environment({"RANK": "1"})
