@@ -97,12 +97,15 @@ DEEPSPEED = {
     "unknown": ({**STAGE2, "zero_optimisation": {}}, ["unknown key zero_optimisation; did you mean zero_optimization?"]),
     "stage3": ({"zero_optimization": {"stage": 3}}, ["zero_optimization.stage = 3", "runs under stage 1 or 2"]),
     "stage_true": ({"zero_optimization": {"stage": True}}, ["zero_optimization.stage = True"]),
-    "fp16": ({**STAGE2, "fp16": {"enabled": True}}, ["fp16.enabled = true; use bf16, or fp32"]),
-    "bf16_typo": ({**STAGE2, "bf16": {"enable": True}}, ['bf16.enabled = None; write true, false or "auto"']),
+    "fp16": ({**STAGE2, "fp16": {"enabled": True}}, ["fp16.enabled = True; use bf16, or fp32"]),
+    "fp16_open": ({**STAGE2, "fp16": {"loss_scale": 0}}, ["fp16.enabled = None; use bf16, or fp32"]),
+    "bf16_typo": ({**STAGE2, "bf16": {"enable": True}}, ["unknown key bf16.enable; did you mean enabled?"]),
+    "bf16_open": ({**STAGE2, "bf16": {"check_grad_overflow": "auto"}}, ['bf16.enabled = None; write true, false or "auto"']),
     "bf16_text": ({**STAGE2, "bf16": {"enabled": "false"}}, ["bf16.enabled = 'false'; write true, false or"]),
-    "bf16_key": (
-        {**STAGE2, "bf16": {"enabled": True, "chek": 1}},
-        ["bf16_key.json: bf16.chek", "DeepSpeed's documentation"],
+    "bf16_key": ({**STAGE2, "bf16": {"enabled": True, "chek": 1}}, ["bf16_key.json: unknown key bf16.chek"]),
+    "bf16_master": (
+        {**STAGE2, "bf16": {"enabled": True, "bf16_master_weights_and_grads": True}},
+        ["bf16.bf16_master_weights_and_grads = True; the core's weights are kept in fp32", "write false or remove it"],
     ),
     "nvme": (
         {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme"}}},
@@ -114,8 +117,47 @@ DEEPSPEED = {
     ),
     "zero_typo": (
         {"zero_optimization": {"stage": 2, "overlap_com": True}},
-        ["zero_typo.json: zero_optimization.overlap_com"],
+        ["zero_typo.json: unknown key zero_optimization.overlap_com; did you mean overlap_comm?"],
     ),
+    "cpu_offload": (
+        {"zero_optimization": {"stage": 2, "cpu_offload": True}, "data_types": {"grad_accum_dtype": "fp32"}},
+        ["zero_optimization.cpu_offload is an old spelling", '"offload_optimizer": {"device": "cpu"}'],
+    ),
+    "stage3_key": (
+        {"zero_optimization": {"stage": 2, "stage3_max_live_parameters": 9}},
+        ["zero_optimization.stage3_max_live_parameters needs stage 3; remove it"],
+    ),
+    "bucket_null": (
+        {"zero_optimization": {"stage": 2, "reduce_bucket_size": None}},
+        ["zero_optimization.reduce_bucket_size = None; write a whole number from 1"],
+    ),
+    "bucket_inf": (
+        '{"zero_optimization": {"stage": 2, "reduce_bucket_size": 1e400}}',
+        ["zero_optimization.reduce_bucket_size = inf; write a whole number from 1"],
+    ),
+    "bucket_large": (
+        {"zero_optimization": {"stage": 2, "reduce_bucket_size": 10**15}},
+        ["zero_optimization.reduce_bucket_size = 1000000000000000 takes", 'lower it, or write "auto"'],
+    ),
+    "bucket_odd": (
+        {"zero_optimization": {"stage": 2, "allgather_bucket_size": 999}},
+        ["zero_optimization.allgather_bucket_size = 999; write an even number from 2"],
+    ),
+    "grad_norm": (
+        {"zero_optimization": {"stage": 2, "compute_grad_norm": False}},
+        ["zero_optimization.compute_grad_norm = False; every step is clipped by its norm", "write true or remove it"],
+    ),
+    "prescale": ({**STAGE2, "prescale_gradients": True}, ["prescale_gradients = True; gradients are summed", "remove it"]),
+    "print_0": ({**STAGE2, "steps_per_print": 0}, ["steps_per_print = 0; write null or a whole number from 1"]),
+    "profile_folder": (
+        {**STAGE2, "flops_profiler": {"enabled": True, "output_file": "cache"}},
+        ["flops_profiler.output_file = 'cache' cannot be written (is a folder); give another file"],
+    ),
+    "profile_closed": (
+        {**STAGE2, "flops_profiler": {"enabled": True, "output_file": "readonly/profile.txt"}},
+        ["flops_profiler.output_file = 'readonly/profile.txt' cannot be written (no permission for readonly)"],
+    ),
+    "monitor": ({**STAGE2, "tensorboard": {"enabled": True}}, ["tensorboard would record the run a second time"]),
     "batch": ({**STAGE2, "train_batch_size": 64}, ["train_batch_size = 64 contradicts 4 from train.batch_size on 1 ranks"]),
     "lr": ({**STAGE2, "optimizer": {"type": "AdamW", "params": {"lr": 1.0}}}, ["lr = 1.0 contradicts 0.0006"]),
     "accumulate": (
@@ -125,9 +167,9 @@ DEEPSPEED = {
     "communicate": ({**STAGE2, "communication_data_type": "fp8"}, ["communication_data_type = 'fp8'; one of: fp32, bf16"]),
     "communicate_fp16": ({**STAGE2, "communication_data_type": "fp16"}, ["communication_data_type = 'fp16'; one of: fp32"]),
     "communicate_2": ({**STAGE2, "communication_data_type": 2}, ["communication_data_type = 2; one of: fp32, bf16"]),
-    "predivide": ({**STAGE2, "gradient_predivide_factor": "x"}, ["gradient_predivide_factor = 'x'; write a JSON float"]),
-    "flops_profiler": ({**STAGE2, "flops_profiler": 3}, ["flops_profiler.json"]),
-    "print": ({**STAGE2, "steps_per_print": "often"}, ["steps_per_print = 'often'; write a JSON int"]),
+    "predivide": ({**STAGE2, "gradient_predivide_factor": "x"}, ["gradient_predivide_factor = 'x'; gradients are summed"]),
+    "flops_profiler": ({**STAGE2, "flops_profiler": 3}, ["flops_profiler.json: flops_profiler = 3; expected a JSON object"]),
+    "print": ({**STAGE2, "steps_per_print": "often"}, ["steps_per_print = 'often'; write null or a whole number from 1"]),
 }
 
 BAD = {

@@ -13,13 +13,17 @@ import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from modeling import Transformer
 from trainer.config import TrainConfig
+from trainer.ds_config import NEVER
+from trainer.memory import host_bytes
 from trainer.schedule import parameter_groups
+from trainer.text import shown
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 SECTIONS = {
@@ -58,11 +62,11 @@ class Engine:
         model: the model on its device; DeepSpeed casts its parameters to the JSON's precision.
         train: optimizer settings.
         ds_config: a checked and completed DeepSpeed config.
-        show_log: let DeepSpeed's own messages through.
+        show_log: let DeepSpeed's own messages through. What the config asks DeepSpeed to print is shown either way.
     """
 
     def __init__(self, model: Transformer, train: TrainConfig, ds_config: dict[str, Any], show_log: bool = False):
-        with _deepspeed(show_log) as deepspeed:
+        with _deepspeed(show_log or ds_config.get("dump_state", False)) as deepspeed:
             optimizer = torch.optim.AdamW(
                 parameter_groups(model, train),
                 lr=train.learning_rate,
@@ -71,6 +75,14 @@ class Engine:
                 fused=True,
             )
             self._engine, self._optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
+        logger = ds_config.get("comms_logger", {})
+        if "log_level" not in ds_config and (ds_config["steps_per_print"] < NEVER or logger.get("verbose")):
+            _set_log_level("info")
+        self._logs_communication = bool(logger)
+        # DeepSpeed times and profiles every forward of the module, those of evaluations and samples too, which would be
+        # counted to the next step. Here only `forward` is.
+        self._engine.module_forward_pre_hook.remove()
+        self._engine.module_forward_post_hook.remove()
         self.model = model
         self.device = self._engine.device
         # The check is on by default for bf16 and off for fp32; a non-finite step must be skipped in both.
@@ -79,13 +91,19 @@ class Engine:
 
     def forward(self, *inputs: torch.Tensor, **keywords: Any) -> Any:
         """The model's forward under DeepSpeed."""
-        return self._engine(*inputs, **keywords)
+        self._engine._forward_prologue(inputs, keywords)
+        out = self._engine(*inputs, **keywords)
+        self._engine._forward_epilogue()
+        return out
 
     def backward(self, loss: torch.Tensor) -> None:
         """Accumulate d(loss)/d(parameters) of one micro batch.
 
         The gradient of a step is the *sum* of these over micro batches and ranks: DeepSpeed's averages over both are undone.
         """
+        # DeepSpeed starts these in hooks on the tensors that the model returns, which it does not find in a dataclass.
+        timers = self._engine.engine_timers
+        self._engine._start_timers(timers.backward_timers + timers.backward_inner_timers)
         self._engine.backward(loss * self._engine.dp_world_size, scale_wrt_gas=False)
 
     def end_micro_batch(self, learning_rate: float) -> StepResult | None:
@@ -99,6 +117,13 @@ class Engine:
         norm = self._engine.get_global_grad_norm()
         norm = math.nan if norm is None else float(norm)
         return StepResult(applied=self._engine.was_step_applied(), grad_norm=norm)
+
+    def print_communication(self) -> None:
+        """The summary of DeepSpeed's collectives, where the config asks for one; every rank takes part and rank 0 prints."""
+        if self._logs_communication:
+            from deepspeed import comm
+
+            comm.log_summary()
 
     def core_state(self) -> CoreState:
         """Gather the core from its shards; every rank takes part and gets it whole."""
@@ -147,18 +172,20 @@ class Engine:
 
 
 def check_ds_config(path: str, config: dict[str, Any]) -> None:
-    """Let DeepSpeed check its own part of the JSON at `path`, before any work starts.
+    """Let DeepSpeed check its own part of the JSON at `path`, before any work starts, and look for what it would find too late.
 
     Raises:
-        ValueError: a key or value inside a section that DeepSpeed does not take.
+        ValueError: a key or value that DeepSpeed does not take, or that this machine has no room for.
     """
+    _check_room(path, config)
+    _check_profile(path, config.get("flops_profiler", {}))
     one_rank = {"train_batch_size": 1, "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
     with _deepspeed(show_log=False):
         from deepspeed.runtime.config import DeepSpeedConfig
 
         try:
             DeepSpeedConfig({**config, **one_rank})
-        except (ValueError, TypeError, AttributeError, AssertionError) as error:
+        except Exception as error:  # whatever it is: `trainer/ds_schema.py` lets through what it does not know of
             reason = str(error)
             if hasattr(error, "errors"):  # pydantic's, several lines long
                 details = error.errors()[0]
@@ -167,11 +194,51 @@ def check_ds_config(path: str, config: dict[str, Any]) -> None:
             raise ValueError(f"--ds_config {path}: {reason}; see DeepSpeed's documentation") from None
 
 
+def _check_room(path: str, config: dict[str, Any]) -> None:
+    """DeepSpeed makes the whole bucket in the first backward."""
+    bucket = config.get("zero_optimization", {}).get("reduce_bucket_size", 0)
+    has_gpu = torch.cuda.is_available()
+    room = torch.cuda.get_device_properties(0).total_memory if has_gpu else host_bytes()
+    if 4 * bucket > room:
+        raise ValueError(
+            f"--ds_config {path}: zero_optimization.reduce_bucket_size = {bucket} takes {4 * bucket / 2**30:,.0f} GiB, and "
+            f'this machine has {room / 2**30:,.0f}; lower it, or write "auto"'
+        )
+
+
+def _check_profile(path: str, profiler: dict[str, Any]) -> None:
+    """The profile is written amid training, where nothing may fail."""
+    output = profiler.get("output_file")
+    if not profiler.get("enabled") or not output:
+        return
+    file = Path(output)
+    try:
+        wrong = "is a folder" if file.is_dir() else None
+        while not file.exists():
+            file = file.parent
+        if wrong is None and not os.access(file, os.W_OK) or (file != Path(output) and not file.is_dir()):
+            wrong = f"no permission for {file}" if file.is_dir() or file == Path(output) else f"{file} is a file"
+    except OSError as error:
+        wrong = error.strerror
+    if wrong is not None:
+        raise ValueError(
+            f"--ds_config {path}: flops_profiler.output_file = {shown(output)} cannot be written ({wrong}); give another file"
+        )
+
+
+def _set_log_level(name: str) -> None:
+    """Of DeepSpeed's logger and its handlers."""
+    from deepspeed.utils.logging import set_log_level_from_string
+
+    set_log_level_from_string(name)
+
+
 @contextlib.contextmanager
 def _deepspeed(show_log: bool) -> Iterator[Any]:
     """The module, with its banner, warnings and info lines kept out of sight unless asked for; errors always show."""
     # Else it looks for itself, warns where it finds no GPU, and may choose a device that the model is not on.
     os.environ["DS_ACCELERATOR"] = "cuda" if torch.cuda.is_available() else "cpu"
+    out = sys.stdout
     with contextlib.ExitStack() as quiet:
         if not show_log:
             # Deprecations inside torch and DeepSpeed, at every collective: nothing that a user could act on.
@@ -180,12 +247,11 @@ def _deepspeed(show_log: bool) -> Iterator[Any]:
             quiet.enter_context(warnings.catch_warnings())
             warnings.simplefilter("ignore")
         import deepspeed
-        from deepspeed.utils import logger, set_log_level_from_string
 
-        set_log_level_from_string("info" if show_log else "error")
-        for handler in logger.handlers:
-            if type(handler) is logging.StreamHandler:  # DeepSpeed's own, and nobody else's
-                handler.stream = sys.stderr  # it took stdout as it was at the import, which may have been out of sight
+        # Its logger keeps the output that it finds when it is imported, which may be the one above that nobody reads.
+        for handler in logging.getLogger("DeepSpeed").handlers:
+            handler.setStream(out)
+        _set_log_level("info" if show_log else "error")
         # On CPUs it would compile a shared-memory collective for a minute or more, needing a compiler, and again whenever a
         # flag differs; only its inference engine uses it.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

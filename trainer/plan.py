@@ -46,7 +46,7 @@ class Sharding:
             stage=zero["stage"],
             offload="offload_optimizer" in zero,
             bucket=int(zero.get("reduce_bucket_size", DEEPSPEED_BUCKET)),
-            reduce_width=2 if bf16 and ds_config.get("communication_data_type") != "fp32" else 4,
+            reduce_width={"bf16": 2, "fp32": 4}[ds_config.get("communication_data_type") or ("bf16" if bf16 else "fp32")],
         )
 
     @property

@@ -118,6 +118,7 @@ def train(trainer: Trainer, signals: StopSignals, max_steps: int | None) -> int:
     except ValueError as error:
         # All that users can mend was checked before: this is a fault of ours, which a restart may get around.
         raise RuntimeError(f"step {trainer.state.step}: training failed") from error
+    trainer.engine.print_communication()
     finish(trainer, is_complete)
     return DONE if is_complete else REQUEUE
 

@@ -37,14 +37,14 @@ def test_the_four_promised_configs_are_shipped():
     assert [path.stem for path in SHIPPED] == ["zero1", "zero2", "zero2_fp32", "zero2_offload"]
 
 
-def test_explicit_values_stay_and_auto_elsewhere_is_left_alone(tmp_path):
+def test_explicit_values_stay_and_auto_elsewhere_is_decided(tmp_path):
     path = tmp_path / "mine.json"
     for enabled, name in ((True, "bf16"), (False, "fp32"), ("auto", "auto")):
-        values = {**ZERO2, "bf16": {"enabled": enabled, "other": "auto"}, "gradient_clipping": "auto"}
+        values = {**ZERO2, "bf16": {"enabled": enabled, "check_grad_overflow": "auto"}, "gradient_clipping": "auto"}
         path.write_text(json.dumps(values))
         assert precision_of(load(path)) == name == read_precision(str(path))
         decided = set_precision(load(path), "fp32")
-        assert decided["bf16"] == {"enabled": enabled is True, "other": "auto"}
+        assert decided["bf16"] == {"enabled": enabled is True} and decided["gradient_clipping"] == 1.0
 
 
 def test_repeating_the_experiment_is_allowed(tmp_path):
@@ -63,7 +63,7 @@ def test_repeating_the_experiment_is_allowed(tmp_path):
         ('{"zero_optimization": 2}', "zero_optimization = 2; expected a JSON object"),
         ("{}", "zero_optimization.stage = None; the trained core runs under stage 1 or 2"),
         ('{"zero_optimization": {"stage": 3}}', "zero_optimization.stage = 3"),
-        (json.dumps({**ZERO2, "fp16": {"enabled": True}}), "fp16.enabled = true; use bf16"),
+        (json.dumps({**ZERO2, "fp16": {"enabled": True}}), "fp16.enabled = True; use bf16"),
         (json.dumps({**ZERO2, "train_batch_size": 64}), "train_batch_size = 64 contradicts 32 from train.batch_size"),
         (json.dumps({**ZERO2, "gradient_clipping": 0.5}), "gradient_clipping = 0.5 contradicts 1.0"),
         (json.dumps({**ZERO2, "gradient_accumulation_steps": 4}), "gradient_accumulation_steps = 4 contradicts 2"),
@@ -88,9 +88,9 @@ def test_repeating_the_experiment_is_allowed(tmp_path):
         ('{"bf16": {"enabled": "Auto"}, "zero_optimization": {"stage": 2}}', "bf16.enabled = 'Auto'; write true, false or"),
         (
             '{"bf16": {}, "fp16": {"enabled": "auto"}, "zero_optimization": {"stage": 2}}',
-            "fp16.enabled = 'auto'; write true",
+            "fp16.enabled = 'auto'; use bf16, or fp32 with neither enabled; write false or remove it",
         ),
-        (json.dumps({**ZERO2, "scheduler": {"type": "WarmupLR"}}), "scheduler; the schedule is the experiment's"),
+        (json.dumps({**ZERO2, "scheduler": {"type": "WarmupLR"}}), "scheduler would contradict the experiment's schedule"),
     ],
 )
 def test_refusals_are_one_line(tmp_path, text, message):
