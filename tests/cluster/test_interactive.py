@@ -1,4 +1,4 @@
-"""Shells of `salloc` and `srun --pty`, typed into as on a terminal: plain `python` there is rank 0 of 1, `srun` makes ranks."""
+"""Shells of `salloc` and `srun --pty`, on a terminal: plain `python` there is rank 0 of 1, `srun` makes ranks."""
 
 import shutil
 import subprocess
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.cluster import Cluster, why_not
-from tests.cluster.jobs import trainer_environment, write_tiny
+from tests.cluster.jobs import trainer_environment, write_program, write_tiny
 from tests.launch import FP32, REPOSITORY, SCRIPT
 
 ASK = f"{sys.executable} -c 'from trainer.launch import Launch; print(\"found\", Launch.from_environment())'"
@@ -33,12 +33,16 @@ def interactive_cluster(request) -> Iterator[Cluster]:
 
 
 def type_into(cluster: Cluster, shell: str, commands: list[str], folder: Path) -> list[str]:
-    """The lines that a shell shows which is started by `shell` on a terminal and gets `commands`."""
-    environment = trainer_environment(SLURM_CONF=str(cluster.configuration), PYTHONPATH=str(REPOSITORY), PS1="", TERM="dumb")
-    typed = "".join(f"{command} </dev/null\n" for command in commands) + "exit\n"
+    """What `commands` print in the shell that the command `shell` gives on a terminal, line by line."""
+    # In a file: what reads a shell's input, such as srun, would eat what is typed ahead.
+    program = write_program(folder / "commands", "\n".join(["#!/bin/bash", *commands, "exit 0\n"]))
+    environment = trainer_environment(
+        SLURM_CONF=str(cluster.configuration), PYTHONPATH=str(REPOSITORY), SHELL="/bin/bash", TERM="dumb"
+    )
     result = subprocess.run(
-        ["script", "--quiet", "--command", shell, "/dev/null"],
-        input=typed, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=90,
+        ["script", "--quiet", "--return", "--command", shell, "/dev/null"],
+        input=f"exec {program}\n", cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        timeout=240,
     )  # fmt: skip
     return result.stdout.replace("\r", "").splitlines()
 
