@@ -151,7 +151,7 @@ DEEPSPEED = {
     "print_0": ({**STAGE2, "steps_per_print": 0}, ["steps_per_print = 0; write null or a whole number from 1"]),
     "profile_folder": (
         {**STAGE2, "flops_profiler": {"enabled": True, "output_file": "cache"}},
-        ["flops_profiler.output_file = 'cache' cannot be written (is a folder); give another file"],
+        ["flops_profiler.output_file = 'cache' cannot be written (is a folder); give another"],
     ),
     "profile_closed": (
         {**STAGE2, "flops_profiler": {"enabled": True, "output_file": "readonly/profile.txt"}},

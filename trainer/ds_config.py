@@ -44,9 +44,7 @@ def load_ds_config(path: str, experiment: Experiment, layout: Layout, world_size
             raise ValueError(f"--ds_config {path}: data_types.grad_accum_dtype = fp32 {where} and bf16{open_too}; remove it")
     _refuse_contradictions(config, path, experiment, layout, world_size)
     # DeepSpeed would switch the logger on wherever there is a section for it.
-    no_effect = (
-        {"optimizer", "fp16"} if config.get("comms_logger", {}).get("enabled") else {"optimizer", "fp16", "comms_logger"}
-    )
+    no_effect = {"optimizer", "fp16"} | (set() if config.get("comms_logger", {}).get("enabled") else {"comms_logger"})
     return {key: value for key, value in config.items() if key not in no_effect} | {
         "train_micro_batch_size_per_gpu": layout.micro_batch,
         "gradient_accumulation_steps": layout.accumulation,

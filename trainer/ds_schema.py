@@ -1,8 +1,8 @@
 """Every key of DeepSpeed's JSON: what it may hold here, or why it is refused.
 
 DeepSpeed itself ignores unknown keys at the top, obeys some only under other settings, and fails on others after minutes.
-This table is checked against the installed DeepSpeed (`tests/trainer/test_ds_schema.py`), so that a key that comes with a new
-version is noticed, and it makes the tables of `docs/deepspeed.md`.
+This table is checked against the installed DeepSpeed (`tests/trainer/test_ds_schema.py`), which notices the keys of a new
+version, and `docs/deepspeed.md` is made from it.
 """
 
 import difflib
@@ -35,6 +35,8 @@ class Rule:
     auto: Any = None
     """What "auto" becomes; None = "auto" is no value, "" = the key is left out."""
     section: dict[str, "Rule"] | None = None
+    is_whole: bool = False
+    """Whether it is a whole number, also where it is written as 5e8."""
 
 
 def yes_no(note: str, auto: Any = None) -> Rule:
@@ -45,7 +47,7 @@ def yes_no(note: str, auto: Any = None) -> Rule:
 def whole(least: int, note: str, auto: Any = None, step: int = 1) -> Rule:
     """A whole number from `least` on, a multiple of `step`; 5e8 is one too."""
     words = f"{'an even' if step == 2 else 'a whole'} number from {least}"
-    return Rule(words, note, f"write {words}", lambda value: _is_whole(value, least, step), auto)
+    return Rule(words, note, f"write {words}", lambda value: _is_whole(value, least, step), auto, is_whole=True)
 
 
 def number(least: float, note: str) -> Rule:
@@ -227,7 +229,8 @@ TOP = {
     "comms_logger": section("how long DeepSpeed's collectives take", COMMS_LOGGER),
     "memory_breakdown": yes_no("print on rank 0 the memory in use around every forward, backward and step"),
     "steps_per_print": Rule("null, a whole number from 1", "steps between DeepSpeed's lines of progress, null = none",
-                            "write null or a whole number from 1", lambda value: value is None or _is_whole(value, 1, 1)),
+                            "write null or a whole number from 1", lambda value: value is None or _is_whole(value, 1, 1),
+                            is_whole=True),
     "dump_state": yes_no("print DeepSpeed's settings and attributes at the start"),
     "log_level": one_of(("debug", "info", "warning", "error", "critical"), "what of DeepSpeed's own log is shown"),
     "prescale_gradients": only(False, "gradients are summed and never averaged"),
@@ -294,7 +297,7 @@ def check_keys(config: dict[str, Any], what: str, keys: dict[str, Rule] = TOP, p
         elif value == AUTO and rule.auto is not None:
             checked |= {} if rule.auto == "" else {key: rule.auto}
         elif rule.accepts(value):
-            checked[key] = int(value) if isinstance(value, float) and "whole" in rule.cure + rule.values else value
+            checked[key] = int(value) if isinstance(value, float) and rule.is_whole else value
         else:
             raise ValueError(f"{what}: {name} = {shown(value)}; {rule.cure}")
     return checked

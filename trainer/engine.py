@@ -31,6 +31,8 @@ SECTIONS = {
     "CommsLoggerConfig": "comms_logger",
 }  # fmt: skip
 """Sections of the JSON by DeepSpeed's class for them."""
+NOWHERE = io.StringIO()
+"""What DeepSpeed prints unasked."""
 
 
 @dataclass(frozen=True)
@@ -172,7 +174,7 @@ class Engine:
 
 
 def check_ds_config(path: str, config: dict[str, Any]) -> None:
-    """Let DeepSpeed check its own part of the JSON at `path`, before any work starts, and look for what it would find too late.
+    """Let DeepSpeed check its part of the JSON at `path` before any work starts, and look for what it would find too late.
 
     Raises:
         ValueError: a key or value that DeepSpeed does not take, or that this machine has no room for.
@@ -222,7 +224,7 @@ def _check_profile(path: str, profiler: dict[str, Any]) -> None:
         wrong = error.strerror
     if wrong is not None:
         raise ValueError(
-            f"--ds_config {path}: flops_profiler.output_file = {shown(output)} cannot be written ({wrong}); give another file"
+            f"--ds_config {path}: flops_profiler.output_file = {shown(output)} cannot be written ({wrong}); give another"
         )
 
 
@@ -243,14 +245,15 @@ def _deepspeed(show_log: bool) -> Iterator[Any]:
         if not show_log:
             # Deprecations inside torch and DeepSpeed, at every collective: nothing that a user could act on.
             warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-            quiet.enter_context(contextlib.redirect_stdout(io.StringIO()))
+            quiet.enter_context(contextlib.redirect_stdout(NOWHERE))
             quiet.enter_context(warnings.catch_warnings())
             warnings.simplefilter("ignore")
         import deepspeed
 
-        # Its logger keeps the output that it finds when it is imported, which may be the one above that nobody reads.
+        # Its logger keeps the output that it finds when it is imported, which may be the one that nobody reads.
         for handler in logging.getLogger("DeepSpeed").handlers:
-            handler.setStream(out)
+            if getattr(handler, "stream", None) is NOWHERE:
+                handler.setStream(out)
         _set_log_level("info" if show_log else "error")
         # On CPUs it would compile a shared-memory collective for a minute or more, needing a compiler, and again whenever a
         # flag differs; only its inference engine uses it.

@@ -95,7 +95,7 @@ def _is_started_by_srun(environment: Mapping[str, str]) -> bool:
 
 
 def _tasks_on_node(environment: Mapping[str, str], total: str | None) -> str | None:
-    """This node's entry of a list such as `2(x3),1` (two tasks on each of three nodes, then one); without a list, `total`."""
+    """This node's entry of a list such as `2(x3),1` (two tasks on each of three nodes, then one), else `total`."""
     tasks = environment.get("SLURM_STEP_TASKS_PER_NODE", total)
     if tasks is None:
         return None
