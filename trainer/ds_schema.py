@@ -114,7 +114,7 @@ BF16 = {
         lambda value: isinstance(value, bool) or value == AUTO,
     ),
     "check_grad_overflow": only(True, "a step with gradients that are not finite is always skipped"),
-    "immediate_grad_update": only(False, "is for DeepSpeed's optimizer without ZeRO"),
+    "immediate_grad_update": only(False, "only DeepSpeed's optimizer without ZeRO has it"),
     "bf16_master_weights_and_grads": only(False, "the core's weights are kept in fp32 between steps"),
     "bf16_optimizer_states": only(False, "AdamW's moments are kept in fp32"),
 }  # fmt: skip
@@ -133,7 +133,7 @@ OFFLOAD = {
     "device": one_of(("cpu",), "AdamW's state and its step in host memory", "write cpu, or remove offload_optimizer"),
     "pin_memory": yes_no("page-locked host memory", auto=""),
     "ratio": only(1, "parts of the optimizer are offloaded under stage 3 only"),
-    "super_offload": only(False, "needs stage 3"),
+    "super_offload": only(False, "it needs stage 3"),
     "cpuadam_cores_perc": refused("is for super_offload"),
     **dict.fromkeys(("nvme_path", "buffer_count", "pipeline_read", "pipeline_write", "fast_init"), NVME),
 }
@@ -154,7 +154,7 @@ ZERO = {
     "compute_grad_norm": only(True, "every step is clipped by its norm, and records it"),
     "load_from_fp32_weights": only(True, "checkpoints hold the core in fp32"),
     "elastic_checkpoint": only(False, "any number of ranks can load a checkpoint"),
-    "legacy_stage1": only(False, "was removed from DeepSpeed"),
+    "legacy_stage1": only(False, "DeepSpeed no longer has it"),
     "cpu_offload": old('"offload_optimizer": {"device": "cpu"}'),
     "cpu_offload_use_pin_memory": old("offload_optimizer.pin_memory"),
     "allgather_size": old("zero_optimization.allgather_bucket_size"),
@@ -187,7 +187,7 @@ OPTIMIZER = {
         "amsgrad": only(False, "the optimizer is AdamW"),
         "max_grad_norm": refused("is not DeepSpeed's", "see the experiment's train.gradient_clipping"),
     }),
-    "legacy_fusion": only(False, "belongs to fp16"),
+    "legacy_fusion": only(False, "it belongs to fp16"),
 }  # fmt: skip
 COMMS_LOGGER = {
     "enabled": yes_no("time DeepSpeed's collectives and print a summary at the end; experts and keys have their own"),

@@ -81,10 +81,15 @@ class Engine:
         if "log_level" not in ds_config and (ds_config["steps_per_print"] < NEVER or logger.get("verbose")):
             _set_log_level("info")
         self._logs_communication = bool(logger)
+        if logger:
+            _time_collectives_one_by_one()
         # DeepSpeed times and profiles every forward of the module, those of evaluations and samples too, which would be
         # counted to the next step. Here only `forward` is.
         self._engine.module_forward_pre_hook.remove()
         self._engine.module_forward_post_hook.remove()
+        # It would also profile, and print, every micro batch of the step.
+        profile_step = self._engine.flops_profiler_profile_step()
+        self._engine.flops_profiler_profile_step = lambda: profile_step if self._is_last_micro_batch() else math.nan
         self.model = model
         self.device = self._engine.device
         # The check is on by default for bf16 and off for fp32; a non-finite step must be skipped in both.
@@ -110,7 +115,7 @@ class Engine:
 
     def end_micro_batch(self, learning_rate: float) -> StepResult | None:
         """After every backward; at the last one of a step, take it and say how it went."""
-        is_last = self._engine.is_gradient_accumulation_boundary()
+        is_last = self._is_last_micro_batch()
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         self._engine.step()
@@ -119,6 +124,9 @@ class Engine:
         norm = self._engine.get_global_grad_norm()
         norm = math.nan if norm is None else float(norm)
         return StepResult(applied=self._engine.was_step_applied(), grad_norm=norm)
+
+    def _is_last_micro_batch(self) -> bool:
+        return self._engine.is_gradient_accumulation_boundary()
 
     def print_communication(self) -> None:
         """The summary of DeepSpeed's collectives, where the config asks for one; every rank takes part and rank 0 prints."""
@@ -233,6 +241,19 @@ def _set_log_level(name: str) -> None:
     from deepspeed.utils.logging import set_log_level_from_string
 
     set_log_level_from_string(name)
+
+
+def _time_collectives_one_by_one() -> None:
+    """DeepSpeed's logger never resets its timers, so that a latency would hold those of all earlier ones."""
+    from deepspeed.comm import comm
+
+    append = comm.CommsLogger().append.__func__
+
+    def append_and_reset(raw_name: str, record_name: str, latency: float, msg_size: int) -> None:
+        append(comm.comms_logger, raw_name, record_name, latency, msg_size)
+        comm.timers(record_name).reset()
+
+    comm.comms_logger.append = append_and_reset
 
 
 @contextlib.contextmanager
