@@ -340,7 +340,7 @@ CONFIG = """name: damaged
 run: {git_commit: abc, device: cpu, world_size: 1, data: {validation: {documents: 8, tokens: 9, bytes: 10}}}
 """
 DAMAGED_CONFIGS = [
-    CONFIG.replace("run: {", "run: null\nrest: {"), "name: damaged\nrun:\n", CONFIG.replace("abc", "2026-01-01"),
+    CONFIG.replace("run: {", "run: null\nrest: {"), "name: damaged\nrun:\n", CONFIG.replace("abc", "20260101"),
     re.sub(r"data: .*", "data: [1, 2]}", CONFIG), CONFIG.replace("documents: 8", "documents: many"), 3000 * "[", "[1, 2]",
     CONFIG.replace("world_size: 1", "world_size: 0"), re.sub(r"validation: .*", "validation: 3}}", CONFIG), "\x00", "",
 ]  # fmt: skip
