@@ -127,7 +127,7 @@ def decide(arguments: argparse.Namespace, settings: Settings) -> Job:
     try:
         found = find_checkpoint(arguments.resume, output_dir, lambda folder, saved: check_resumable(folder, saved, state))
         if found is None and arguments.resume == "auto":
-            check_nothing_lost(output_dir, experiment)
+            check_nothing_lost(output_dir)
         if found is not None and arguments.resume != "auto":
             found = in_place(found, output_dir, arguments.resume)
     except OSError as error:

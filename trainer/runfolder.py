@@ -118,10 +118,10 @@ def earlier_start(output_dir: Path, experiment: Experiment) -> dict[str, Any] | 
     return config if isinstance(config.get("bf16", {}), dict) else None
 
 
-def check_nothing_lost(output_dir: Path, experiment: Experiment) -> None:
-    """Refuse to start this run at step 0 where its records say that it has checkpoints: their storage may be missing.
+def check_nothing_lost(output_dir: Path) -> None:
+    """Refuse to start at step 0 in a folder whose records say that it has checkpoints: their storage may be missing.
 
-    It is asked where no checkpoint was found. Another run's folder is none of ours: it is moved aside.
+    It is asked where no checkpoint was found, whatever the settings are: with checkpoints, other ones would be refused too.
 
     Raises:
         ValueError: naming the folder and the cures.
@@ -133,8 +133,6 @@ def check_nothing_lost(output_dir: Path, experiment: Experiment) -> None:
         "mount or restore it",
         "start over with --resume never, which moves the run aside, or give another --output_dir",
     )
-    if earlier is not None and differing_keys(earlier, experiment.to_dict()):
-        return
     if earlier is not None and metrics.is_symlink() and not metrics.exists():
         link = f"its records are behind a link to {os.readlink(metrics)}, which is not there"
         raise ValueError(f"--output_dir {output_dir}: {link}, and it has no checkpoint; {cure}, {others}")

@@ -177,7 +177,9 @@ def test_a_run_whose_checkpoints_are_missing_is_refused(name, box):
     lose, place = LOSSES[name]
     lose(box / "r")
     says = ["--output_dir r: its metrics.jsonl records a checkpoint at step 2, but", place, "mount or restore it, start"]
-    check_refused(Bad([*flags(box), "--output_dir", "r"], [*says, "--resume never", "another --output_dir"]), box)
+    for settings in ([], sets("seed=5")):
+        bad = Bad([*flags(box), "--output_dir", "r", *settings], [*says, "--resume never", "another --output_dir"])
+        check_refused(bad, box)
     assert start(box, "--output_dir", "r", "--resume", "never").code == MET
     assert (box / "r.1/metrics.jsonl").exists() and not (box / "r/metrics.jsonl").exists()
 
@@ -200,11 +202,11 @@ def test_what_never_had_checkpoints_starts_over(box):
     before = (box / "r/metrics.jsonl").read_text()
     shutil.rmtree(box / "r/checkpoints")
     assert start(box, "--output_dir", "r", "--dry_run").code == 0
+    (box / "r/checkpoints").mkdir()
+    forget_checkpoints(box / "r")
     assert start(box, "--output_dir", "r", *sets("seed=5")).code == MET and (box / "r.1").is_dir(), "another run's"
     shutil.rmtree(box / "r")
     (box / "r.1").rename(box / "r")
-    (box / "r/checkpoints").mkdir()
-    forget_checkpoints(box / "r")
     (box / "r/checkpoints").symlink_to(box / "far/not/yet")
     with open(box / "r/metrics.jsonl", "a") as file:
         file.write('{"event": "checkpoint", "st\n["checkpoint"]\n')
