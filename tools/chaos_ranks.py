@@ -15,7 +15,7 @@ from torch.distributed.elastic.utils.distributed import get_free_port
 
 from trainer.exit_codes import DONE, REQUEUE
 
-PRELOADED = ["trainer.run", "deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer", "torch._inductor.compile_fx"]
+PRELOADED = ["trainer.training", "deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer", "torch._inductor.compile_fx"]
 """What a rank imports at its start, or with its first engine."""
 POLL_SECONDS = 0.05
 SECONDS_TO_STOP = 60
